@@ -1,0 +1,45 @@
+"""lingerx closes sockets rightly: the peer gets every byte of the last answer, and the caller hears the truth.
+
+The public names. No logic may live here.
+"""
+
+from ._closing import closing
+from ._engine import (
+    abort,
+    close,
+    close_all,
+    close_fd,
+    engine,
+    get_linger,
+    send_and_close,
+    set_linger,
+    tcp_status,
+)
+from ._status import TcpStatus
+from .policy import Abort, Background, Drain, Flush, KernelLinger, Policy, policy_from_linger
+from .report import Outcome, Report
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Abort",
+    "Background",
+    "Drain",
+    "Flush",
+    "KernelLinger",
+    "Outcome",
+    "Policy",
+    "Report",
+    "TcpStatus",
+    "abort",
+    "close",
+    "close_all",
+    "close_fd",
+    "closing",
+    "engine",
+    "get_linger",
+    "policy_from_linger",
+    "send_and_close",
+    "set_linger",
+    "tcp_status",
+]

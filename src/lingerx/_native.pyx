@@ -1,0 +1,826 @@
+# cython: language_level=3, cdivision=True
+"""Does and waits, in C: the native engine.
+
+The only file that calls libc (through `_platform.h`, where the systems differ). It decides nothing: it performs
+what the machine answers and waits for what the machine wants. Two drivers wait: poll(2) for one socket, epoll(7)
+for many; neither holds the GIL while it waits. Calls that cannot block are made with the GIL held, for giving it
+up costs more than they do.
+
+After SHUT_WR a socket is always "writable", so poll(2) cannot wait for an ACK. Edge-triggered epoll with EPOLLOUT
+can: its edge comes when the kernel has seen our FIN ACKed (and rarely before). Hence the one for many is
+edge-triggered throughout, a turn reads until the kernel has no more, and the one for one borrows an epoll
+descriptor when it has to wait for an ACK. Where epoll cannot be had (another system, EMFILE) both look at the
+queue from time to time instead.
+"""
+
+cimport cython
+from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
+from cpython.exc cimport PyErr_CheckSignals
+from cpython.object cimport Py_TYPE
+from libc.errno cimport EAGAIN, EBADF, ECONNABORTED, ECONNRESET, EINTR, ENOTCONN, ENOTSOCK, EPIPE, errno
+from libc.stdlib cimport free, malloc
+
+from lingerx cimport _machine_c as m
+from lingerx.report cimport Report
+
+import _socket
+import os
+import socket
+
+from lingerx import _arguments, _offers, _tls
+from lingerx._status import STATES as _STATE_NAMES, TcpStatus
+from lingerx.policy import Drain, Policy
+from lingerx.report import Outcome
+
+cdef extern from "_platform.h" nogil:
+    ctypedef int socklen_t
+    struct pollfd:
+        int fd
+        short events
+        short revents
+    const int POLLIN, POLLOUT, POLLERR
+    const int SOCK_STREAM, SO_ACCEPTCONN, SO_ERROR, SHUT_WR
+    const int MSG_DONTWAIT, MSG_NOSIGNAL, MSG_MORE, MSG_PEEK
+    const int LX_TCP, LX_LOCAL, LX_FIN_WAIT1, LX_CLOSE, LX_LAST_ACK, LX_CLOSING
+    int shutdown(int fd, int how)
+    ssize_t send(int fd, const void *data, size_t size, int flags)
+    ssize_t recv(int fd, void *data, size_t size, int flags)
+    int c_close "close"(int fd)
+    long long lx_now()
+    int lx_kind_of_family(int family)
+    int lx_family(int fd)
+    ssize_t lx_discard(int fd, size_t most, int *by_copy)
+    int lx_tcp_state(int fd)
+    long long lx_send_queue(int fd)
+    long long lx_never_sent(int fd)
+    long long lx_unread(int fd)
+    int lx_linger(int fd, int on, int seconds)
+    int lx_get_linger(int fd)
+    void lx_user_timeout(int fd, int milliseconds)
+    void lx_no_time_wait(int fd)
+    int lx_option(int fd, int option, int *value)
+    int lx_poll(pollfd *fds, int n, long long ns)
+    int lx_edge_open()
+    int lx_edge_add(int waiter, int fd, unsigned int place)
+    int lx_edge_wait(int waiter, unsigned int *places, int most, long long ns)
+
+
+cdef enum:  # the kinds of policy.py
+    KIND_BACKGROUND, KIND_ABORT, KIND_KERNEL_LINGER, KIND_FLUSH, KIND_DRAIN
+
+cdef tuple OUTCOMES = tuple(Outcome)
+cdef object DRAIN = Drain()
+cdef object Socket = socket.socket
+# The descriptors of the C type: half the price of the methods of the same name, and right only for
+# sockets whose type is exactly socket.socket.
+cdef object raw_detach = _socket.socket.detach
+cdef object raw_fileno = _socket.socket.fileno
+cdef object raw_type = _socket.socket.__dict__["type"]
+cdef object raw_family = _socket.socket.__dict__["family"]
+
+
+# What was asked for, in C ---------------------------------------------------------------------------------
+
+cdef struct Terms:
+    int kind
+    long long timeout, idle, max_bytes
+    bint abort
+    int user_timeout
+    bint short
+
+
+cdef int read_terms(object policy, Terms *t) except -1:
+    cdef tuple terms
+    if not isinstance(policy, Policy):
+        _arguments.check_policy(policy)
+    terms = policy._terms
+    t.kind, t.timeout, t.idle, t.max_bytes, t.abort, t.user_timeout, t.short = terms
+    return 0
+
+
+# One socket -----------------------------------------------------------------------------------------------
+
+cdef struct Entry:
+    m.Closing c
+    int fd
+    int by_copy           # the kernel cannot discard without copying here
+    int family            # LX_TCP, LX_LOCAL, LX_OTHER
+    int user_timeout      # milliseconds or -1
+    const char *rest      # behind the last byte that is to be sent: the unsent ones end there
+
+
+cdef void open_entry(Entry *e, int fd, int family, const Terms *t, const char *rest, long long unsent,
+                     bint polled, long long now) noexcept nogil:
+    # Owns fd from here on.
+    m.begin(&e.c, m.DRAINING if t.kind == KIND_DRAIN else m.FLUSHING, t.timeout, t.idle, t.max_bytes, t.abort,
+            t.short, unsent, family == LX_LOCAL, polled, now)
+    e.fd = fd
+    e.by_copy = 0
+    e.family = family
+    e.user_timeout = t.user_timeout
+    e.rest = rest
+
+
+cdef int trouble(int error, long long *amount) noexcept nogil:
+    # What an errno means to the machine.
+    amount[0] = error
+    if error == ECONNRESET or error == EPIPE or error == ECONNABORTED:
+        return m.RESET
+    if error == ENOTCONN:
+        return m.UNCONNECTED
+    if error == EBADF or error == ENOTSOCK:
+        return m.GONE
+    return m.BROKEN
+
+
+cdef int perform(Entry *e, int action, long long *amount) noexcept nogil:
+    # Borrows e.fd. Nothing here can block; EINTR cannot happen to calls that do not block, but costs nothing.
+    cdef ssize_t n
+    cdef long long queue
+    cdef int value = 0
+    cdef char peeked
+    if action == m.DISCARD:
+        while True:
+            if e.c.want > 0:
+                n = lx_discard(e.fd, e.c.want, &e.by_copy)
+            else:
+                n = recv(e.fd, &peeked, 1, MSG_PEEK | MSG_DONTWAIT)
+            if n > 0:
+                amount[0] = n
+                return m.INPUT
+            if n == 0:
+                return m.FIN
+            if errno == EAGAIN:
+                return m.EMPTY
+            if errno != EINTR:
+                return trouble(errno, amount)
+    if action == m.HALF_CLOSE:
+        return m.HALF_CLOSED if shutdown(e.fd, SHUT_WR) == 0 else trouble(errno, amount)
+    if action == m.COUNT:
+        amount[0] = 0
+        if e.family == LX_LOCAL:
+            return m.COUNTED  # what the kernel took is already in the peer's queue (unix(7))
+        queue = lx_send_queue(e.fd) if e.family == LX_TCP else -1
+        if queue == -2:
+            return trouble(errno, amount)
+        amount[0] = queue
+        return m.COUNTED
+    if action == m.SEND:
+        while True:
+            # MSG_MORE keeps the last bytes back until the shutdown that follows: FIN rides on them.
+            n = send(e.fd, e.rest - e.c.unsent, e.c.unsent, MSG_DONTWAIT | MSG_NOSIGNAL | MSG_MORE)
+            if n >= 0:
+                amount[0] = n
+                return m.SENT
+            if errno == EAGAIN:
+                return m.NO_ROOM
+            if errno == EPIPE and e.family == LX_TCP and lx_tcp_state(e.fd) != LX_CLOSE:
+                amount[0] = EPIPE  # not the peer's doing: our side was half-closed before
+                return m.BROKEN
+            if errno != EINTR:
+                return trouble(errno, amount)
+    if action == m.PROBE:
+        if lx_option(e.fd, SO_ERROR, &value) != 0:
+            return trouble(errno, amount)
+        if value == 0:
+            return m.NO_ERROR
+        return trouble(value, amount)
+    amount[0] = 0
+    return m.BROKEN
+
+
+cdef void finish(Entry *e, int action) noexcept nogil:
+    # Owns e.fd: it is closed here and nowhere else.
+    cdef int fd = e.fd
+    e.fd = -1
+    if action == m.FORGET:
+        return
+    if action == m.CLOSE_ABORT:
+        lx_linger(fd, 1, 0)
+    elif not (e.c.outcome == m.PEER_CLOSED and e.c.queue_empty):
+        # The application may have set SO_LINGER: the close would block, or reset. (When both sides are done
+        # it does neither, and the call can be spared.)
+        lx_linger(fd, 0, 0)
+    if action == m.CLOSE_SHORT:
+        lx_no_time_wait(fd)
+    elif e.user_timeout >= 0 and e.family == LX_TCP and e.c.outcome != m.PEER_CLOSED and e.c.outcome != m.ACKED:
+        lx_user_timeout(fd, e.user_timeout)
+    # EINTR: the descriptor is free all the same (close(2), Linux), and a second close could hit another's.
+    c_close(fd)
+
+
+cdef void give_up(Entry *e) noexcept nogil:
+    # A signal handler raises: nobody may wait any longer, the kernel gets the rest.
+    e.c.abort = False
+    finish(e, m.CLOSE)
+
+
+cdef int turn(Entry *e, int seen, long long now) noexcept nogil:
+    # Perform until the machine waits, yields or has ended; returns that action.
+    cdef long long amount = 0
+    cdef int action = m.advance(&e.c, seen, 0, now)
+    while action < m.WAIT:
+        seen = perform(e, action, &amount)
+        if seen == m.INPUT or seen == m.SENT or seen == m.EMPTY or seen == m.NO_ERROR:
+            now = lx_now()  # the others never lead straight to a wait
+        action = m.advance(&e.c, seen, amount, now)
+    if action >= m.CLOSE:
+        finish(e, action)
+    return action
+
+
+cdef Report make_report(int outcome, long long drained, long long unacked, long long elapsed, int error, bint lost):
+    cdef Report r = Report.__new__(Report)
+    r._outcome = OUTCOMES[outcome]
+    r._drained = drained
+    r._unacked = unacked
+    r._elapsed_ns = elapsed
+    r._error = error
+    r._lost = lost
+    return r
+
+
+cdef Report report_of(const Entry *e, long long now):
+    return make_report(e.c.outcome, e.c.drained, e.c.unacked, now - e.c.started, e.c.error, e.c.lost)
+
+
+# The driver for one ---------------------------------------------------------------------------------------
+
+cdef struct Waiter:
+    int edges             # an epoll descriptor once it was needed, else -1
+    bint stuck            # poll(2) reported an error that recv(2) did not find
+
+
+cdef void without_edges(Entry *e, long long now) noexcept nogil:
+    # No epoll for this one: look at the queue from time to time.
+    e.c.polled = True
+    e.c.patience = m.OFTEN
+    e.c.wake_at = min(e.c.wake_at, now + m.OFTEN)
+
+
+cdef short events_for(const Entry *e) noexcept nogil:
+    return (POLLIN if e.c.wants & m.FOR_INPUT else 0) | (POLLOUT if e.c.wants & m.FOR_ROOM else 0)
+
+
+cdef int wait_for_one(Entry *e, Waiter *w) noexcept nogil:
+    # Returns 0, or EINTR.
+    cdef pollfd p
+    cdef unsigned int place
+    cdef long long ns
+    cdef int n
+    cdef bint by_edge = (e.c.wants & m.FOR_ACK) or w.stuck
+    if by_edge and w.edges < 0 and not e.c.polled:
+        w.edges = lx_edge_open()
+        if w.edges >= 0 and lx_edge_add(w.edges, e.fd, 0) != 0:
+            c_close(w.edges)
+            w.edges = -1
+        if w.edges < 0:
+            without_edges(e, lx_now())
+    ns = max(0, e.c.wake_at - lx_now())
+    if by_edge and w.edges >= 0:
+        n = lx_edge_wait(w.edges, &place, 1, ns)
+    else:
+        # Without anything to watch poll(2) would still report a hang-up, at once and for ever.
+        p.fd = e.fd
+        p.events = events_for(e)
+        p.revents = 0
+        n = lx_poll(&p, 1 if p.events and not w.stuck else 0, ns)
+        # An error queue (MSG_ERRQUEUE) is reported as an error without end, and recv(2) finds none: should
+        # this turn bring nothing, the next wait is by edge.
+        w.stuck = n > 0 and p.revents == POLLERR
+    return EINTR if n < 0 and errno == EINTR else 0
+
+
+cdef Report close_one(int fd, int family, const Terms *t, const char *rest, long long unsent, long long started):
+    # Owns fd.
+    cdef Entry e
+    cdef Waiter w
+    cdef int action
+    cdef bint interrupted = False
+    w.edges = -1
+    w.stuck = False
+    open_entry(&e, fd, family, t, rest, unsent, False, started)
+    action = turn(&e, m.BEGUN, started)
+    if action >= m.CLOSE:
+        return report_of(&e, lx_now())
+    try:
+        while action < m.CLOSE:
+            with nogil:
+                if action == m.YIELD:
+                    action = turn(&e, m.WOKEN, lx_now())
+                interrupted = False
+                while action == m.WAIT and not interrupted:
+                    interrupted = wait_for_one(&e, &w) == EINTR
+                    if not interrupted:
+                        action = turn(&e, m.WOKEN, lx_now())
+            if action < m.CLOSE:
+                PyErr_CheckSignals()
+    finally:
+        if w.edges >= 0:
+            c_close(w.edges)
+        if e.fd >= 0:
+            give_up(&e)
+    return report_of(&e, lx_now())
+
+
+# The driver for many --------------------------------------------------------------------------------------
+
+cdef struct Crowd:
+    Entry *entries
+    int size
+    int alive             # entries that are not closed yet
+    int edges             # the epoll descriptor, or -1: poll(2) over all of them
+    pollfd *fds           # for poll(2)
+    int *heap             # waiting entries by the time at which they want to be woken; the first is the next
+    int *heap_place       # where an entry stands in the heap, or -1
+    int heap_size
+    long long *at         # by entry: when it wants to be woken; once it is closed, when that was
+    unsigned char *added  # epoll knows this one
+    int *ready            # a ring of those whose turn was over before their input
+    int ready_first, ready_size
+
+
+cdef bint open_crowd(Crowd *w, int size) noexcept:
+    cdef int i
+    w.size = size
+    w.alive = size
+    w.heap_size = w.ready_first = w.ready_size = 0
+    w.fds = NULL
+    w.entries = <Entry *> malloc(size * sizeof(Entry))
+    w.heap = <int *> malloc(size * sizeof(int))
+    w.heap_place = <int *> malloc(size * sizeof(int))
+    w.at = <long long *> malloc(size * sizeof(long long))
+    w.added = <unsigned char *> malloc(size)
+    w.ready = <int *> malloc(size * sizeof(int))
+    w.edges = lx_edge_open()
+    if not (w.entries and w.heap and w.heap_place and w.at and w.added and w.ready):
+        w.size = 0
+        return False
+    for i in range(size):
+        w.entries[i].fd = -1
+        w.heap_place[i] = -1
+        w.added[i] = False
+    return True
+
+
+cdef void free_crowd(Crowd *w) noexcept:
+    cdef int i
+    for i in range(w.size):
+        if w.entries[i].fd >= 0:
+            give_up(&w.entries[i])
+    if w.edges >= 0:
+        c_close(w.edges)
+    free(w.entries)
+    free(w.fds)
+    free(w.heap)
+    free(w.heap_place)
+    free(w.at)
+    free(w.added)
+    free(w.ready)
+
+
+cdef inline void heap_put(Crowd *w, int place, int i) noexcept nogil:
+    w.heap[place] = i
+    w.heap_place[i] = place
+
+
+cdef void heap_settle(Crowd *w, int place, int i) noexcept nogil:
+    # Entry i belongs somewhere above or below `place`, which is free.
+    cdef int other
+    cdef long long at = w.at[i]
+    while place > 0:
+        other = (place - 1) // 2
+        if w.at[w.heap[other]] <= at:
+            break
+        heap_put(w, place, w.heap[other])
+        place = other
+    while True:
+        other = 2 * place + 1
+        if other >= w.heap_size:
+            break
+        if other + 1 < w.heap_size and w.at[w.heap[other + 1]] < w.at[w.heap[other]]:
+            other += 1
+        if at <= w.at[w.heap[other]]:
+            break
+        heap_put(w, place, w.heap[other])
+        place = other
+    heap_put(w, place, i)
+
+
+cdef void heap_set(Crowd *w, int i, long long at) noexcept nogil:
+    w.at[i] = at
+    if w.heap_place[i] < 0:
+        w.heap_size += 1
+        heap_settle(w, w.heap_size - 1, i)
+    else:
+        heap_settle(w, w.heap_place[i], i)
+
+
+cdef void heap_drop(Crowd *w, int i) noexcept nogil:
+    cdef int place = w.heap_place[i]
+    if place < 0:
+        return
+    w.heap_place[i] = -1
+    w.heap_size -= 1
+    if place < w.heap_size:
+        heap_settle(w, place, w.heap[w.heap_size])
+
+
+cdef void crowd_without_edges(Crowd *w) noexcept nogil:
+    # epoll takes no more (ENOSPC, ENOMEM): poll(2) for all.
+    cdef int i
+    cdef long long now = lx_now()
+    c_close(w.edges)
+    w.edges = -1
+    for i in range(w.size):
+        if w.entries[i].fd >= 0:
+            without_edges(&w.entries[i], now)
+            if w.heap_place[i] >= 0 and w.entries[i].c.wake_at < w.at[i]:
+                heap_set(w, i, w.entries[i].c.wake_at)
+
+
+cdef void crowd_turn(Crowd *w, int i, int seen) noexcept nogil:
+    cdef Entry *e = &w.entries[i]
+    cdef int action = turn(e, seen, lx_now())
+    if action == m.WAIT:
+        if w.edges >= 0 and not w.added[i]:
+            # Whatever happened before it was added is reported at once: nothing can be missed.
+            w.added[i] = lx_edge_add(w.edges, e.fd, i) == 0
+            if not w.added[i]:
+                crowd_without_edges(w)
+        heap_set(w, i, e.c.wake_at)
+        return
+    heap_drop(w, i)
+    if action == m.YIELD:
+        w.ready[(w.ready_first + w.ready_size) % w.size] = i
+        w.ready_size += 1
+    else:
+        w.alive -= 1
+        w.at[i] = lx_now()
+
+
+cdef int crowd_poll(Crowd *w, long long ns) noexcept nogil:
+    # poll(2) over all that wait. Returns 0, or EINTR.
+    cdef int i, k, n = 0
+    if not w.fds:
+        w.fds = <pollfd *> malloc(w.size * sizeof(pollfd))
+        if not w.fds:  # time alone will have to do
+            return EINTR if lx_poll(NULL, 0, min(ns, m.OFTEN_MOST)) < 0 else 0
+    for k in range(w.heap_size):
+        i = w.heap[k]
+        w.fds[k].events = events_for(&w.entries[i])
+        # Without anything to watch poll(2) would still report a hang-up, at once and for ever.
+        w.fds[k].fd = w.entries[i].fd if w.fds[k].events else -1
+        w.fds[k].revents = 0
+    n = w.heap_size
+    if lx_poll(w.fds, n, ns) < 0:
+        return EINTR
+    for k in range(n):
+        w.fds[k].fd = w.heap[k] if w.fds[k].revents else -1  # the heap moves with the turns: note the entries
+    for k in range(n):
+        if w.fds[k].fd >= 0:
+            crowd_turn(w, w.fds[k].fd, m.WOKEN)
+    return 0
+
+
+cdef int crowd_round(Crowd *w) noexcept nogil:
+    # Wait for the next thing to happen, then give everybody concerned one turn. Returns 0, or EINTR.
+    cdef unsigned int places[64]
+    cdef long long ns = 0
+    cdef int n, i, k
+    if w.ready_size == 0:
+        ns = max(0, w.at[w.heap[0]] - lx_now())
+    if w.edges >= 0:
+        n = lx_edge_wait(w.edges, places, 64, ns)
+        if n < 0:
+            return EINTR
+        for k in range(n):
+            # Those that yielded have their turn coming; closed ones are not in the heap either.
+            if w.heap_place[places[k]] >= 0:
+                crowd_turn(w, places[k], m.WOKEN)
+    elif crowd_poll(w, ns) == EINTR:
+        return EINTR
+    for k in range(w.ready_size):
+        i = w.ready[w.ready_first]
+        w.ready_first = (w.ready_first + 1) % w.size
+        w.ready_size -= 1
+        crowd_turn(w, i, m.WOKEN)
+    k = w.heap_size  # at most everybody once, so that events are looked at again in between
+    while k > 0 and w.heap_size > 0 and w.at[w.heap[0]] <= lx_now():
+        i = w.heap[0]
+        crowd_turn(w, i, m.BEGUN if w.entries[i].c.state == m.HALF_CLOSING else m.WOKEN)
+        k -= 1
+    return 0
+
+
+# The calls: arguments -------------------------------------------------------------------------------------
+
+cdef inline object member(object descriptor, object sock):
+    return Py_TYPE(descriptor).tp_descr_get(descriptor, sock, type(sock))
+
+
+cdef int check(object sock, int *family) except -2:
+    # Borrows. The fd, or -1 for a socket object that is closed already; raises for a caller's mistake.
+    cdef int fd, listening = 0
+    if type(sock) is Socket and member(raw_type, sock) == SOCK_STREAM:
+        fd = raw_fileno(sock)
+        if fd > 2 and not (lx_option(fd, SO_ACCEPTCONN, &listening) == 0 and listening):
+            family[0] = lx_kind_of_family(member(raw_family, sock))
+            return fd
+    fd = _arguments.check_socket(sock)
+    family[0] = lx_kind_of_family(sock.family)
+    return fd
+
+
+cdef int take(object sock) except -2:
+    # The fd is ours from here on; -1 when somebody else was quicker.
+    return raw_detach(sock) if type(sock) is Socket else sock.detach()
+
+
+# Reports that never differ need not be made again: a Report is a value.
+cdef Report ABORTED = make_report(m.ABORTED, 0, -1, 0, 0, False)
+cdef Report LEFT_TO_KERNEL = make_report(m.BACKGROUND, 0, -1, 0, 0, False)
+
+
+cdef Report not_open(int error):
+    return make_report(m.ALREADY_CLOSED, 0, -1, 0, error, False)
+
+
+cdef Report close_plain(int fd, int family, const Terms *t):
+    # Owns fd. Background and Abort: two calls, no clock.
+    if lx_linger(fd, t.kind == KIND_ABORT, 0) != 0 and (errno == EBADF or errno == ENOTSOCK):
+        return not_open(errno)
+    if t.user_timeout >= 0 and family == LX_TCP:
+        lx_user_timeout(fd, t.user_timeout)
+    c_close(fd)
+    return ABORTED if t.kind == KIND_ABORT else LEFT_TO_KERNEL
+
+
+cdef Report close_in_kernel(int fd, int seconds, long long started):
+    # Owns fd. The one close that may block; a signal makes it return early, which cannot be told (close(2)).
+    if lx_linger(fd, seconds > 0, seconds) != 0 and (errno == EBADF or errno == ENOTSOCK):
+        return not_open(errno)
+    with nogil:
+        c_close(fd)
+    PyErr_CheckSignals()
+    return make_report(m.BACKGROUND, 0, -1, lx_now() - started, 0, False)
+
+
+cdef Report close_by_terms(int fd, int family, const Terms *t, long long started):
+    # Owns fd.
+    if fd < 0:
+        return not_open(0)
+    if t.kind == KIND_DRAIN or t.kind == KIND_FLUSH:
+        return close_one(fd, family, t, NULL, 0, started or lx_now())
+    if t.kind == KIND_KERNEL_LINGER:
+        return close_in_kernel(fd, t.timeout, started or lx_now())
+    return close_plain(fd, family, t)
+
+
+# The calls ------------------------------------------------------------------------------------------------
+
+cdef int goodbye(object sock) except -1:
+    # close_notify of a TLS socket. When a signal handler raises meanwhile, the socket is closed all the same.
+    if type(sock) is not Socket and _tls.is_tls(sock):
+        try:
+            _tls.say_goodbye(sock)
+        except BaseException:
+            close_by_terms(take(sock), LX_TCP, &AT_ONCE, 0)
+            raise
+    return 0
+
+
+cdef Terms AT_ONCE
+AT_ONCE.kind = KIND_BACKGROUND
+AT_ONCE.user_timeout = -1
+
+
+def close(sock, policy=None):
+    cdef Terms t
+    cdef int fd, family = 0
+    cdef long long started = 0
+    read_terms(DRAIN if policy is None else policy, &t)
+    fd = check(sock, &family)
+    if type(sock) is not Socket and t.kind != KIND_ABORT and fd >= 0:
+        started = lx_now()
+        goodbye(sock)
+    return close_by_terms(take(sock), family, &t, started)
+
+
+def _close_raw(sock, policy):
+    # for _tls, which has said goodbye itself
+    cdef Terms t
+    cdef int family = 0
+    read_terms(policy, &t)
+    check(sock, &family)
+    return close_by_terms(take(sock), family, &t, 0)
+
+
+def close_fd(fd, policy=None):
+    cdef Terms t
+    cdef int number
+    read_terms(DRAIN if policy is None else policy, &t)
+    number = _arguments.check_fd(fd)
+    return close_by_terms(number, lx_kind_of_family(lx_family(number)), &t, 0)
+
+
+def abort(sock):
+    cdef Terms t
+    cdef int family = 0
+    t.kind = KIND_ABORT
+    t.user_timeout = -1
+    check(sock, &family)
+    return close_by_terms(take(sock), family, &t, 0)
+
+
+def send_and_close(sock, data, policy=None):
+    cdef Terms t
+    cdef int fd, family = 0
+    cdef Py_buffer view
+    if policy is None:
+        policy = DRAIN
+    read_terms(policy, &t)
+    if t.kind != KIND_DRAIN and t.kind != KIND_FLUSH:
+        _arguments.check_policy(policy, deadline=True)
+    if type(data) is not bytes:
+        data = _arguments.check_data(data)
+    fd = check(sock, &family)
+    if type(sock) is not Socket and fd >= 0 and _tls.is_tls(sock):
+        return _tls.send_and_close(sock, memoryview(data), policy, _close_raw)
+    PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+    try:
+        fd = take(sock)
+        if fd < 0:
+            return make_report(m.ALREADY_CLOSED, 0, view.len, 0, 0, view.len > 0)
+        return close_one(fd, family, &t, <const char *> view.buf + view.len, view.len, lx_now())
+    finally:
+        PyBuffer_Release(&view)
+
+
+def close_all(socks, policy=None, *, timeout=None, spread=0.0):
+    cdef Terms t
+    cdef Crowd w
+    cdef long long within, spread_ns, started
+    cdef int i, n, family = 0
+    cdef list unique = []
+    cdef list families = []
+    cdef list places = []
+    cdef dict place_of = {}
+    read_terms(DRAIN if policy is None else policy, &t)
+    within = _arguments.check_timeout("timeout", timeout)
+    spread_ns = _arguments.check_spread(spread)
+    for sock in list(socks):
+        if id(sock) not in place_of:
+            check(sock, &family)
+            place_of[id(sock)] = len(unique)
+            unique.append(sock)
+            families.append(family)
+        places.append(place_of[id(sock)])
+    n = len(unique)
+    if n == 0:
+        return []
+    started = lx_now()
+    try:
+        if not open_crowd(&w, n):
+            raise MemoryError(f"no memory to close {n} sockets at once; none was touched")
+        for i in range(n):
+            if t.kind != KIND_ABORT and (within < 0 or lx_now() - started < within):
+                goodbye(unique[i])
+            admit(&w, i, take(unique[i]), families[i], &t, started, within, spread_ns)
+        if t.kind == KIND_DRAIN or t.kind == KIND_FLUSH:
+            run_crowd(&w, spread_ns > 0)
+            reports = [report_of(&w.entries[i], w.at[i]) for i in range(n)]
+        else:
+            reports = close_in_turn(&w, &t, started, within)
+    finally:
+        free_crowd(&w)
+    return [reports[i] for i in places]
+
+
+cdef void admit(Crowd *w, int i, int fd, int family, const Terms *t, long long started, long long within,
+                long long spread) noexcept:
+    # Owns fd.
+    cdef Terms mine = t[0]
+    cdef long long start = started + spread // w.size * i
+    if within >= 0:
+        start = min(start, started + within)
+        mine.timeout = min(mine.timeout, started + within - start)
+    open_entry(&w.entries[i], fd, family, &mine, NULL, 0, w.edges < 0, start)
+    w.at[i] = start
+    if fd < 0:
+        w.entries[i].c.outcome = m.ALREADY_CLOSED
+        w.alive -= 1
+    elif spread > 0:
+        heap_set(w, i, start)
+
+
+cdef int run_crowd(Crowd *w, bint spread) except -1:
+    cdef int i
+    cdef bint interrupted
+    with nogil:
+        if not spread:
+            for i in range(w.size):
+                if w.entries[i].fd >= 0:
+                    crowd_turn(w, i, m.BEGUN)
+    while w.alive > 0:
+        with nogil:
+            interrupted = crowd_round(w) == EINTR
+            while w.alive > 0 and w.ready_size == 0 and not interrupted:
+                interrupted = crowd_round(w) == EINTR
+        PyErr_CheckSignals()
+    return 0
+
+
+cdef list close_in_turn(Crowd *w, const Terms *t, long long started, long long within):
+    # Background, Abort and KernelLinger: there is nothing that could be waited for together.
+    cdef Terms mine = t[0]
+    cdef long long left
+    cdef int fd, i
+    cdef list reports = []
+    for i in range(w.size):
+        sleep_until(w.at[i])
+        if t.kind == KIND_KERNEL_LINGER and within >= 0:
+            # Whole seconds only. Less than one is no linger at all: rounded to 0 it would be a reset.
+            left = max(0, started + within - lx_now())
+            mine.timeout = min(t.timeout, left // 1000000000)
+        fd = w.entries[i].fd
+        w.entries[i].fd = -1
+        reports.append(close_by_terms(fd, w.entries[i].family, &mine, 0))
+    return reports
+
+
+cdef int sleep_until(long long at) except -1:
+    cdef long long left = at - lx_now()
+    while left > 0:
+        with nogil:
+            lx_poll(NULL, 0, left)
+        PyErr_CheckSignals()
+        left = at - lx_now()
+    return 0
+
+
+cdef int borrow(object sock) except -1:
+    # Borrows: the fd of a socket object, listening or not, that is only asked or set.
+    if not isinstance(sock, Socket):
+        _arguments.check_socket(sock)
+    cdef int fd = sock.fileno()
+    if fd < 0:
+        raise OSError(EBADF, os.strerror(EBADF))
+    return fd
+
+
+def set_linger(sock, seconds):
+    cdef int value = _arguments.check_linger(seconds)
+    if lx_linger(borrow(sock), value >= 0, max(value, 0)) != 0:
+        raise OSError(errno, os.strerror(errno))
+
+
+def get_linger(sock):
+    cdef int value = lx_get_linger(borrow(sock))
+    if value == -2:
+        raise OSError(errno, os.strerror(errno))
+    return value
+
+
+cdef object known(long long value):
+    return value if value >= 0 else None
+
+
+def tcp_status(sock):
+    cdef int fd = borrow(sock)
+    cdef int family = lx_family(fd)
+    cdef int state = 0
+    cdef long long queue = -1, never_sent = -1
+    if family < 0:
+        raise OSError(errno, os.strerror(errno))
+    if lx_kind_of_family(family) == LX_TCP:
+        state = lx_tcp_state(fd)
+        queue = lx_send_queue(fd)
+        never_sent = lx_never_sent(fd)
+        if queue > 0 and (state == LX_FIN_WAIT1 or state == LX_LAST_ACK or state == LX_CLOSING):
+            queue -= 1  # the FIN
+            never_sent = min(queue, never_sent)
+    return TcpStatus(_STATE_NAMES[state], known(never_sent), known(queue), known(lx_unread(fd)))
+
+
+# For the tests --------------------------------------------------------------------------------------------
+
+@cython.final
+cdef class Rehearsal:
+    """The compiled machine, told its events by hand: a test holds it against the interpreted one."""
+
+    cdef m.Closing c
+
+    def __cinit__(self, int goal, long long timeout, long long idle, long long max_bytes, bint abort, bint short,
+                  long long unsent, bint local, bint polled, long long now):
+        m.begin(&self.c, goal, timeout, idle, max_bytes, abort, short, unsent, local, polled, now)
+
+    def advance(self, int seen, long long amount, long long now):
+        return m.advance(&self.c, seen, amount, now)
+
+    def state(self):
+        return self.c
+
+
+for _name in ("abort", "close", "close_all", "close_fd", "get_linger", "send_and_close", "set_linger", "tcp_status"):
+    globals()[_name].__doc__ = getattr(_offers, _name).__doc__

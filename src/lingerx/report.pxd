@@ -1,0 +1,16 @@
+# The C types of report.py (Cython's pure mode). Nothing else may live here.
+# cython: language_level=3
+
+cimport cython
+
+
+@cython.final
+@cython.no_gc
+@cython.freelist(256)
+cdef class Report:
+    cdef object _outcome
+    cdef long long _drained
+    cdef long long _unacked       # -1: unknown
+    cdef long long _elapsed_ns
+    cdef int _error               # 0: none
+    cdef bint _lost
