@@ -16,7 +16,6 @@ queue from time to time instead.
 cimport cython
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.exc cimport PyErr_CheckSignals
-from cpython.object cimport Py_TYPE
 from libc.errno cimport EAGAIN, EBADF, ECONNABORTED, ECONNRESET, EINTR, ENOTCONN, ENOTSOCK, EPIPE, errno
 from libc.stdlib cimport free, malloc
 
@@ -41,7 +40,7 @@ cdef extern from "_platform.h" nogil:
     const int POLLIN, POLLOUT, POLLERR
     const int SOCK_STREAM, SO_ACCEPTCONN, SO_ERROR, SHUT_WR
     const int MSG_DONTWAIT, MSG_NOSIGNAL, MSG_MORE, MSG_PEEK
-    const int LX_TCP, LX_LOCAL, LX_FIN_WAIT1, LX_CLOSE, LX_LAST_ACK, LX_CLOSING
+    const int LX_TCP, LX_LOCAL, LX_OTHER, LX_FIN_WAIT1, LX_CLOSE, LX_LAST_ACK, LX_CLOSING
     int shutdown(int fd, int how)
     ssize_t send(int fd, const void *data, size_t size, int flags)
     ssize_t recv(int fd, void *data, size_t size, int flags)
@@ -64,6 +63,17 @@ cdef extern from "_platform.h" nogil:
     int lx_edge_add(int waiter, int fd, unsigned int place)
     int lx_edge_wait(int waiter, unsigned int *places, int most, long long ns)
 
+cdef extern from "Python.h":
+    bint PyType_IsSubtype(object a, object b)
+
+cdef extern from "_fields.h":
+    ctypedef struct PyObject
+    Py_ssize_t lx_offset_of_int(object descriptor)
+    Py_ssize_t lx_offset_of_slot(object descriptor)
+    PyObject *lx_slot_at(object policy, Py_ssize_t offset)
+    int lx_int_at(object sock, Py_ssize_t offset)
+    object lx_call(object method, object sock)
+
 
 cdef enum:  # the kinds of policy.py
     KIND_BACKGROUND, KIND_ABORT, KIND_KERNEL_LINGER, KIND_FLUSH, KIND_DRAIN
@@ -71,12 +81,16 @@ cdef enum:  # the kinds of policy.py
 cdef tuple OUTCOMES = tuple(Outcome)
 cdef object DRAIN = Drain()
 cdef object Socket = socket.socket
-# The descriptors of the C type: half the price of the methods of the same name, and right only for
-# sockets whose type is exactly socket.socket.
+# The C type's own methods and fields, for sockets whose type is exactly socket.socket: a third of the price.
 cdef object raw_detach = _socket.socket.detach
 cdef object raw_fileno = _socket.socket.fileno
-cdef object raw_type = _socket.socket.__dict__["type"]
-cdef object raw_family = _socket.socket.__dict__["family"]
+cdef Py_ssize_t type_at = lx_offset_of_int(_socket.socket.__dict__["type"])
+cdef Py_ssize_t family_at = lx_offset_of_int(_socket.socket.__dict__["family"])
+# CPython keeps the fd as an int right before the family (Modules/socketmodule.h). A socket object that was never
+# opened has -1 there, and tells whether this interpreter still does.
+cdef Py_ssize_t fd_at = family_at - sizeof(int)
+if family_at < 0 or lx_int_at(_socket.socket.__new__(_socket.socket), fd_at) != -1:
+    fd_at = -1
 
 
 # What was asked for, in C ---------------------------------------------------------------------------------
@@ -89,12 +103,23 @@ cdef struct Terms:
     bint short
 
 
+cdef Py_ssize_t terms_at = lx_offset_of_slot(Policy._terms)
+
+
 cdef int read_terms(object policy, Terms *t) except -1:
     cdef tuple terms
-    if not isinstance(policy, Policy):
-        _arguments.check_policy(policy)
-    terms = policy._terms
-    t.kind, t.timeout, t.idle, t.max_bytes, t.abort, t.user_timeout, t.short = terms
+    if PyType_IsSubtype(type(policy), Policy) and terms_at >= 0 and lx_slot_at(policy, terms_at) != NULL:
+        terms = <tuple> lx_slot_at(policy, terms_at)
+    else:
+        terms = _arguments.check_policy(policy)._terms
+    t.kind = terms[0]
+    t.user_timeout = terms[5]
+    if t.kind > KIND_ABORT:
+        t.timeout = terms[1]
+        t.idle = terms[2]
+        t.max_bytes = terms[3]
+        t.abort = terms[4]
+        t.short = terms[6]
     return 0
 
 
@@ -515,26 +540,25 @@ cdef int crowd_round(Crowd *w) noexcept nogil:
 
 # The calls: arguments -------------------------------------------------------------------------------------
 
-cdef inline object member(object descriptor, object sock):
-    return Py_TYPE(descriptor).tp_descr_get(descriptor, sock, type(sock))
-
-
-cdef int check(object sock, int *family) except -2:
+cdef int check(object sock) except -2:
     # Borrows. The fd, or -1 for a socket object that is closed already; raises for a caller's mistake.
     cdef int fd, listening = 0
-    if type(sock) is Socket and member(raw_type, sock) == SOCK_STREAM:
-        fd = raw_fileno(sock)
+    if type(sock) is Socket and type_at >= 0 and lx_int_at(sock, type_at) == SOCK_STREAM:
+        fd = lx_int_at(sock, fd_at) if fd_at >= 0 else lx_call(raw_fileno, sock)
         if fd > 2 and not (lx_option(fd, SO_ACCEPTCONN, &listening) == 0 and listening):
-            family[0] = lx_kind_of_family(member(raw_family, sock))
             return fd
-    fd = _arguments.check_socket(sock)
-    family[0] = lx_kind_of_family(sock.family)
-    return fd
+    return _arguments.check_socket(sock)  # which knows the words
+
+
+cdef int family_of(object sock) except -1:
+    if type(sock) is Socket and family_at >= 0:
+        return lx_kind_of_family(lx_int_at(sock, family_at))
+    return lx_kind_of_family(sock.family)
 
 
 cdef int take(object sock) except -2:
     # The fd is ours from here on; -1 when somebody else was quicker.
-    return raw_detach(sock) if type(sock) is Socket else sock.detach()
+    return lx_call(raw_detach, sock) if type(sock) is Socket else sock.detach()
 
 
 # Reports that never differ need not be made again: a Report is a value.
@@ -597,10 +621,11 @@ AT_ONCE.user_timeout = -1
 
 def close(sock, policy=None):
     cdef Terms t
-    cdef int fd, family = 0
+    cdef int fd, family
     cdef long long started = 0
     read_terms(DRAIN if policy is None else policy, &t)
-    fd = check(sock, &family)
+    fd = check(sock)
+    family = family_of(sock)
     if type(sock) is not Socket and t.kind != KIND_ABORT and fd >= 0:
         started = lx_now()
         goodbye(sock)
@@ -610,9 +635,10 @@ def close(sock, policy=None):
 def _close_raw(sock, policy):
     # for _tls, which has said goodbye itself
     cdef Terms t
-    cdef int family = 0
+    cdef int family
     read_terms(policy, &t)
-    check(sock, &family)
+    check(sock)
+    family = family_of(sock)
     return close_by_terms(take(sock), family, &t, 0)
 
 
@@ -626,16 +652,15 @@ def close_fd(fd, policy=None):
 
 def abort(sock):
     cdef Terms t
-    cdef int family = 0
     t.kind = KIND_ABORT
     t.user_timeout = -1
-    check(sock, &family)
-    return close_by_terms(take(sock), family, &t, 0)
+    check(sock)
+    return close_by_terms(take(sock), LX_OTHER, &t, 0)
 
 
 def send_and_close(sock, data, policy=None):
     cdef Terms t
-    cdef int fd, family = 0
+    cdef int fd, family
     cdef Py_buffer view
     if policy is None:
         policy = DRAIN
@@ -644,7 +669,8 @@ def send_and_close(sock, data, policy=None):
         _arguments.check_policy(policy, deadline=True)
     if type(data) is not bytes:
         data = _arguments.check_data(data)
-    fd = check(sock, &family)
+    fd = check(sock)
+    family = family_of(sock)
     if type(sock) is not Socket and fd >= 0 and _tls.is_tls(sock):
         return _tls.send_and_close(sock, memoryview(data), policy, _close_raw)
     PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
@@ -661,7 +687,7 @@ def close_all(socks, policy=None, *, timeout=None, spread=0.0):
     cdef Terms t
     cdef Crowd w
     cdef long long within, spread_ns, started
-    cdef int i, n, family = 0
+    cdef int i, n
     cdef list unique = []
     cdef list families = []
     cdef list places = []
@@ -671,10 +697,10 @@ def close_all(socks, policy=None, *, timeout=None, spread=0.0):
     spread_ns = _arguments.check_spread(spread)
     for sock in list(socks):
         if id(sock) not in place_of:
-            check(sock, &family)
+            check(sock)
             place_of[id(sock)] = len(unique)
             unique.append(sock)
-            families.append(family)
+            families.append(family_of(sock))
         places.append(place_of[id(sock)])
     n = len(unique)
     if n == 0:
