@@ -22,6 +22,7 @@ __all__ = [
     "check_data",
     "check_fd",
     "check_linger",
+    "check_open",
     "check_policy",
     "check_socket",
     "check_spread",
@@ -87,6 +88,18 @@ def check_fd(fd: object) -> int:
     finally:
         view.detach()
     return fd
+
+
+def check_open(sock: object) -> socket.socket:
+    """A socket object that is only asked or set, listening or not. Borrows.
+
+    Raises TypeError for what is no `socket.socket`, OSError (EBADF) for one that is closed.
+    """
+    if not isinstance(sock, socket.socket):
+        _refuse(sock)
+    if sock.fileno() < 0:
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+    return sock
 
 
 def check_policy(policy: object, *, deadline: bool = False, blocking: bool = True) -> Policy:

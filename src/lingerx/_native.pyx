@@ -16,7 +16,7 @@ queue from time to time instead.
 cimport cython
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.exc cimport PyErr_CheckSignals
-from libc.errno cimport EAGAIN, EBADF, ECONNABORTED, ECONNRESET, EINTR, ENOTCONN, ENOTSOCK, EPIPE, errno
+from libc.errno cimport EAGAIN, EBADF, ECONNABORTED, ECONNRESET, EINTR, EINVAL, ENOTCONN, ENOTSOCK, EPIPE, errno
 from libc.stdlib cimport free, malloc
 
 from lingerx cimport _machine_c as m
@@ -50,6 +50,7 @@ cdef extern from "_platform.h" nogil:
     int lx_family(int fd)
     ssize_t lx_discard(int fd, size_t most, int *by_copy)
     int lx_tcp_state(int fd)
+    int lx_never_heard(int fd)
     long long lx_send_queue(int fd)
     long long lx_never_sent(int fd)
     long long lx_unread(int fd)
@@ -123,136 +124,11 @@ cdef int read_terms(object policy, Terms *t) except -1:
     return 0
 
 
-# One socket -----------------------------------------------------------------------------------------------
-
-cdef struct Entry:
-    m.Closing c
-    int fd
-    int by_copy           # the kernel cannot discard without copying here
-    int family            # LX_TCP, LX_LOCAL, LX_OTHER
-    int user_timeout      # milliseconds or -1
-    const char *rest      # behind the last byte that is to be sent: the unsent ones end there
+include "_native_entry.pxi"
+include "_native_crowd.pxi"
 
 
-cdef void open_entry(Entry *e, int fd, int family, const Terms *t, const char *rest, long long unsent,
-                     bint polled, long long now) noexcept nogil:
-    # Owns fd from here on.
-    m.begin(&e.c, m.DRAINING if t.kind == KIND_DRAIN else m.FLUSHING, t.timeout, t.idle, t.max_bytes, t.abort,
-            t.short, unsent, family == LX_LOCAL, polled, now)
-    e.fd = fd
-    e.by_copy = 0
-    e.family = family
-    e.user_timeout = t.user_timeout
-    e.rest = rest
-
-
-cdef int trouble(int error, long long *amount) noexcept nogil:
-    # What an errno means to the machine.
-    amount[0] = error
-    if error == ECONNRESET or error == EPIPE or error == ECONNABORTED:
-        return m.RESET
-    if error == ENOTCONN:
-        return m.UNCONNECTED
-    if error == EBADF or error == ENOTSOCK:
-        return m.GONE
-    return m.BROKEN
-
-
-cdef int perform(Entry *e, int action, long long *amount) noexcept nogil:
-    # Borrows e.fd. Nothing here can block; EINTR cannot happen to calls that do not block, but costs nothing.
-    cdef ssize_t n
-    cdef long long queue
-    cdef int value = 0
-    cdef char peeked
-    if action == m.DISCARD:
-        while True:
-            if e.c.want > 0:
-                n = lx_discard(e.fd, e.c.want, &e.by_copy)
-            else:
-                n = recv(e.fd, &peeked, 1, MSG_PEEK | MSG_DONTWAIT)
-            if n > 0:
-                amount[0] = n
-                return m.INPUT
-            if n == 0:
-                return m.FIN
-            if errno == EAGAIN:
-                return m.EMPTY
-            if errno != EINTR:
-                return trouble(errno, amount)
-    if action == m.HALF_CLOSE:
-        return m.HALF_CLOSED if shutdown(e.fd, SHUT_WR) == 0 else trouble(errno, amount)
-    if action == m.COUNT:
-        amount[0] = 0
-        if e.family == LX_LOCAL:
-            return m.COUNTED  # what the kernel took is already in the peer's queue (unix(7))
-        queue = lx_send_queue(e.fd) if e.family == LX_TCP else -1
-        if queue == -2:
-            return trouble(errno, amount)
-        amount[0] = queue
-        return m.COUNTED
-    if action == m.SEND:
-        while True:
-            # MSG_MORE keeps the last bytes back until the shutdown that follows: FIN rides on them.
-            n = send(e.fd, e.rest - e.c.unsent, e.c.unsent, MSG_DONTWAIT | MSG_NOSIGNAL | MSG_MORE)
-            if n >= 0:
-                amount[0] = n
-                return m.SENT
-            if errno == EAGAIN:
-                return m.NO_ROOM
-            if errno == EPIPE and e.family == LX_TCP and lx_tcp_state(e.fd) != LX_CLOSE:
-                amount[0] = EPIPE  # not the peer's doing: our side was half-closed before
-                return m.BROKEN
-            if errno != EINTR:
-                return trouble(errno, amount)
-    if action == m.PROBE:
-        if lx_option(e.fd, SO_ERROR, &value) != 0:
-            return trouble(errno, amount)
-        if value == 0:
-            return m.NO_ERROR
-        return trouble(value, amount)
-    amount[0] = 0
-    return m.BROKEN
-
-
-cdef void finish(Entry *e, int action) noexcept nogil:
-    # Owns e.fd: it is closed here and nowhere else.
-    cdef int fd = e.fd
-    e.fd = -1
-    if action == m.FORGET:
-        return
-    if action == m.CLOSE_ABORT:
-        lx_linger(fd, 1, 0)
-    elif not (e.c.outcome == m.PEER_CLOSED and e.c.queue_empty):
-        # The application may have set SO_LINGER: the close would block, or reset. (When both sides are done
-        # it does neither, and the call can be spared.)
-        lx_linger(fd, 0, 0)
-    if action == m.CLOSE_SHORT:
-        lx_no_time_wait(fd)
-    elif e.user_timeout >= 0 and e.family == LX_TCP and e.c.outcome != m.PEER_CLOSED and e.c.outcome != m.ACKED:
-        lx_user_timeout(fd, e.user_timeout)
-    # EINTR: the descriptor is free all the same (close(2), Linux), and a second close could hit another's.
-    c_close(fd)
-
-
-cdef void give_up(Entry *e) noexcept nogil:
-    # A signal handler raises: nobody may wait any longer, the kernel gets the rest.
-    e.c.abort = False
-    finish(e, m.CLOSE)
-
-
-cdef int turn(Entry *e, int seen, long long now) noexcept nogil:
-    # Perform until the machine waits, yields or has ended; returns that action.
-    cdef long long amount = 0
-    cdef int action = m.advance(&e.c, seen, 0, now)
-    while action < m.WAIT:
-        seen = perform(e, action, &amount)
-        if seen == m.INPUT or seen == m.SENT or seen == m.EMPTY or seen == m.NO_ERROR:
-            now = lx_now()  # the others never lead straight to a wait
-        action = m.advance(&e.c, seen, amount, now)
-    if action >= m.CLOSE:
-        finish(e, action)
-    return action
-
+# Reports --------------------------------------------------------------------------------------------------
 
 cdef Report make_report(int outcome, long long drained, long long unacked, long long elapsed, int error, bint lost):
     cdef Report r = Report.__new__(Report)
@@ -348,196 +224,6 @@ cdef Report close_one(int fd, int family, const Terms *t, const char *rest, long
     return report_of(&e, lx_now())
 
 
-# The driver for many --------------------------------------------------------------------------------------
-
-cdef struct Crowd:
-    Entry *entries
-    int size
-    int alive             # entries that are not closed yet
-    int edges             # the epoll descriptor, or -1: poll(2) over all of them
-    pollfd *fds           # for poll(2)
-    int *heap             # waiting entries by the time at which they want to be woken; the first is the next
-    int *heap_place       # where an entry stands in the heap, or -1
-    int heap_size
-    long long *at         # by entry: when it wants to be woken; once it is closed, when that was
-    unsigned char *added  # epoll knows this one
-    int *ready            # a ring of those whose turn was over before their input
-    int ready_first, ready_size
-
-
-cdef bint open_crowd(Crowd *w, int size) noexcept:
-    cdef int i
-    w.size = size
-    w.alive = size
-    w.heap_size = w.ready_first = w.ready_size = 0
-    w.fds = NULL
-    w.entries = <Entry *> malloc(size * sizeof(Entry))
-    w.heap = <int *> malloc(size * sizeof(int))
-    w.heap_place = <int *> malloc(size * sizeof(int))
-    w.at = <long long *> malloc(size * sizeof(long long))
-    w.added = <unsigned char *> malloc(size)
-    w.ready = <int *> malloc(size * sizeof(int))
-    w.edges = lx_edge_open()
-    if not (w.entries and w.heap and w.heap_place and w.at and w.added and w.ready):
-        w.size = 0
-        return False
-    for i in range(size):
-        w.entries[i].fd = -1
-        w.heap_place[i] = -1
-        w.added[i] = False
-    return True
-
-
-cdef void free_crowd(Crowd *w) noexcept:
-    cdef int i
-    for i in range(w.size):
-        if w.entries[i].fd >= 0:
-            give_up(&w.entries[i])
-    if w.edges >= 0:
-        c_close(w.edges)
-    free(w.entries)
-    free(w.fds)
-    free(w.heap)
-    free(w.heap_place)
-    free(w.at)
-    free(w.added)
-    free(w.ready)
-
-
-cdef inline void heap_put(Crowd *w, int place, int i) noexcept nogil:
-    w.heap[place] = i
-    w.heap_place[i] = place
-
-
-cdef void heap_settle(Crowd *w, int place, int i) noexcept nogil:
-    # Entry i belongs somewhere above or below `place`, which is free.
-    cdef int other
-    cdef long long at = w.at[i]
-    while place > 0:
-        other = (place - 1) // 2
-        if w.at[w.heap[other]] <= at:
-            break
-        heap_put(w, place, w.heap[other])
-        place = other
-    while True:
-        other = 2 * place + 1
-        if other >= w.heap_size:
-            break
-        if other + 1 < w.heap_size and w.at[w.heap[other + 1]] < w.at[w.heap[other]]:
-            other += 1
-        if at <= w.at[w.heap[other]]:
-            break
-        heap_put(w, place, w.heap[other])
-        place = other
-    heap_put(w, place, i)
-
-
-cdef void heap_set(Crowd *w, int i, long long at) noexcept nogil:
-    w.at[i] = at
-    if w.heap_place[i] < 0:
-        w.heap_size += 1
-        heap_settle(w, w.heap_size - 1, i)
-    else:
-        heap_settle(w, w.heap_place[i], i)
-
-
-cdef void heap_drop(Crowd *w, int i) noexcept nogil:
-    cdef int place = w.heap_place[i]
-    if place < 0:
-        return
-    w.heap_place[i] = -1
-    w.heap_size -= 1
-    if place < w.heap_size:
-        heap_settle(w, place, w.heap[w.heap_size])
-
-
-cdef void crowd_without_edges(Crowd *w) noexcept nogil:
-    # epoll takes no more (ENOSPC, ENOMEM): poll(2) for all.
-    cdef int i
-    cdef long long now = lx_now()
-    c_close(w.edges)
-    w.edges = -1
-    for i in range(w.size):
-        if w.entries[i].fd >= 0:
-            without_edges(&w.entries[i], now)
-            if w.heap_place[i] >= 0 and w.entries[i].c.wake_at < w.at[i]:
-                heap_set(w, i, w.entries[i].c.wake_at)
-
-
-cdef void crowd_turn(Crowd *w, int i, int seen) noexcept nogil:
-    cdef Entry *e = &w.entries[i]
-    cdef int action = turn(e, seen, lx_now())
-    if action == m.WAIT:
-        if w.edges >= 0 and not w.added[i]:
-            # Whatever happened before it was added is reported at once: nothing can be missed.
-            w.added[i] = lx_edge_add(w.edges, e.fd, i) == 0
-            if not w.added[i]:
-                crowd_without_edges(w)
-        heap_set(w, i, e.c.wake_at)
-        return
-    heap_drop(w, i)
-    if action == m.YIELD:
-        w.ready[(w.ready_first + w.ready_size) % w.size] = i
-        w.ready_size += 1
-    else:
-        w.alive -= 1
-        w.at[i] = lx_now()
-
-
-cdef int crowd_poll(Crowd *w, long long ns) noexcept nogil:
-    # poll(2) over all that wait. Returns 0, or EINTR.
-    cdef int i, k, n = 0
-    if not w.fds:
-        w.fds = <pollfd *> malloc(w.size * sizeof(pollfd))
-        if not w.fds:  # time alone will have to do
-            return EINTR if lx_poll(NULL, 0, min(ns, m.OFTEN_MOST)) < 0 else 0
-    for k in range(w.heap_size):
-        i = w.heap[k]
-        w.fds[k].events = events_for(&w.entries[i])
-        # Without anything to watch poll(2) would still report a hang-up, at once and for ever.
-        w.fds[k].fd = w.entries[i].fd if w.fds[k].events else -1
-        w.fds[k].revents = 0
-    n = w.heap_size
-    if lx_poll(w.fds, n, ns) < 0:
-        return EINTR
-    for k in range(n):
-        w.fds[k].fd = w.heap[k] if w.fds[k].revents else -1  # the heap moves with the turns: note the entries
-    for k in range(n):
-        if w.fds[k].fd >= 0:
-            crowd_turn(w, w.fds[k].fd, m.WOKEN)
-    return 0
-
-
-cdef int crowd_round(Crowd *w) noexcept nogil:
-    # Wait for the next thing to happen, then give everybody concerned one turn. Returns 0, or EINTR.
-    cdef unsigned int places[64]
-    cdef long long ns = 0
-    cdef int n, i, k
-    if w.ready_size == 0:
-        ns = max(0, w.at[w.heap[0]] - lx_now())
-    if w.edges >= 0:
-        n = lx_edge_wait(w.edges, places, 64, ns)
-        if n < 0:
-            return EINTR
-        for k in range(n):
-            # Those that yielded have their turn coming; closed ones are not in the heap either.
-            if w.heap_place[places[k]] >= 0:
-                crowd_turn(w, places[k], m.WOKEN)
-    elif crowd_poll(w, ns) == EINTR:
-        return EINTR
-    for k in range(w.ready_size):
-        i = w.ready[w.ready_first]
-        w.ready_first = (w.ready_first + 1) % w.size
-        w.ready_size -= 1
-        crowd_turn(w, i, m.WOKEN)
-    k = w.heap_size  # at most everybody once, so that events are looked at again in between
-    while k > 0 and w.heap_size > 0 and w.at[w.heap[0]] <= lx_now():
-        i = w.heap[0]
-        crowd_turn(w, i, m.BEGUN if w.entries[i].c.state == m.HALF_CLOSING else m.WOKEN)
-        k -= 1
-    return 0
-
-
 # The calls: arguments -------------------------------------------------------------------------------------
 
 cdef int check(object sock) except -2:
@@ -558,7 +244,7 @@ cdef int family_of(object sock) except -1:
 
 cdef int take(object sock) except -2:
     # The fd is ours from here on; -1 when somebody else was quicker.
-    return lx_call(raw_detach, sock) if type(sock) is Socket else sock.detach()
+    return lx_call(raw_detach, sock) if type(sock) is Socket else _tls.take(sock)
 
 
 # Reports that never differ need not be made again: a Report is a value.
@@ -604,19 +290,10 @@ cdef Report close_by_terms(int fd, int family, const Terms *t, long long started
 # The calls ------------------------------------------------------------------------------------------------
 
 cdef int goodbye(object sock) except -1:
-    # close_notify of a TLS socket. When a signal handler raises meanwhile, the socket is closed all the same.
+    # close_notify of a TLS socket, for which a try that cannot block is all there is time for.
     if type(sock) is not Socket and _tls.is_tls(sock):
-        try:
-            _tls.say_goodbye(sock)
-        except BaseException:
-            close_by_terms(take(sock), LX_TCP, &AT_ONCE, 0)
-            raise
+        _tls.say_goodbye(sock)
     return 0
-
-
-cdef Terms AT_ONCE
-AT_ONCE.kind = KIND_BACKGROUND
-AT_ONCE.user_timeout = -1
 
 
 def close(sock, policy=None):
@@ -630,16 +307,6 @@ def close(sock, policy=None):
         started = lx_now()
         goodbye(sock)
     return close_by_terms(take(sock), family, &t, started)
-
-
-def _close_raw(sock, policy):
-    # for _tls, which has said goodbye itself
-    cdef Terms t
-    cdef int family
-    read_terms(policy, &t)
-    check(sock)
-    family = family_of(sock)
-    return close_by_terms(take(sock), family, &t, 0)
 
 
 def close_fd(fd, policy=None):
@@ -672,7 +339,7 @@ def send_and_close(sock, data, policy=None):
     fd = check(sock)
     family = family_of(sock)
     if type(sock) is not Socket and fd >= 0 and _tls.is_tls(sock):
-        return _tls.send_and_close(sock, memoryview(data), policy, _close_raw)
+        return _tls.send_and_close(sock, memoryview(data), policy, close)
     PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
     try:
         fd = take(sock)

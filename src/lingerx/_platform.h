@@ -97,6 +97,18 @@ static inline int lx_tcp_state(int fd) {
 #endif
 }
 
+/* Borrows. Whether a TCP socket never got a single segment from anybody: it was not connected yet. */
+static inline int lx_never_heard(int fd) {
+#ifdef __linux__
+    unsigned int info[36]; /* struct tcp_info of linux/tcp.h: the last of these is tcpi_segs_in (4.2) */
+    socklen_t size = sizeof info;
+    return getsockopt(fd, IPPROTO_TCP, TCP_INFO, info, &size) == 0 && size == sizeof info && info[35] == 0;
+#else
+    (void)fd;
+    return 0;
+#endif
+}
+
 /* Borrows. The send queue of a TCP socket in bytes, our FIN included, as SIOCOUTQ counts on Linux (tcp(7)).
  * -1: this system can't tell. -2: it failed, see errno. */
 static inline long long lx_send_queue(int fd) {

@@ -1,0 +1,32 @@
+from typing import final
+
+from ._offers import (
+    abort as abort,
+    close as close,
+    close_all as close_all,
+    close_fd as close_fd,
+    get_linger as get_linger,
+    send_and_close as send_and_close,
+    set_linger as set_linger,
+    tcp_status as tcp_status,
+)
+
+@final
+class Rehearsal:
+    """The compiled machine, told its events by hand: a test holds it against the interpreted one."""
+
+    def __init__(
+        self,
+        goal: int,
+        timeout: int,
+        idle: int,
+        max_bytes: int,
+        abort: bool,
+        short: bool,
+        unsent: int,
+        local: bool,
+        polled: bool,
+        now: int,
+    ) -> None: ...
+    def advance(self, seen: int, amount: int, now: int) -> int: ...
+    def state(self) -> dict[str, int]: ...

@@ -1,0 +1,138 @@
+# One socket that is being closed: performs what the machine answers. Part of _native.pyx.
+#
+# Only calls that cannot block may be made here, and nothing is decided. All of it runs without the GIL.
+
+cdef struct Entry:
+    m.Closing c
+    int fd
+    int by_copy           # the kernel cannot discard without copying here
+    int family            # LX_TCP, LX_LOCAL, LX_OTHER
+    int user_timeout      # milliseconds or -1
+    const char *rest      # behind the last byte that is to be sent: the unsent ones end there
+
+
+cdef void open_entry(Entry *e, int fd, int family, const Terms *t, const char *rest, long long unsent,
+                     bint polled, long long now) noexcept nogil:
+    # Owns fd from here on.
+    m.begin(&e.c, m.DRAINING if t.kind == KIND_DRAIN else m.FLUSHING, t.timeout, t.idle, t.max_bytes, t.abort,
+            t.short, unsent, family == LX_LOCAL, polled, now)
+    e.fd = fd
+    e.by_copy = 0
+    e.family = family
+    e.user_timeout = t.user_timeout
+    e.rest = rest
+
+
+cdef int trouble(int error, long long *amount) noexcept nogil:
+    # What an errno means to the machine.
+    amount[0] = error
+    if error == ECONNRESET or error == EPIPE or error == ECONNABORTED:
+        return m.RESET
+    if error == ENOTCONN or error == EINVAL:  # AF_UNIX says the latter (unix(7))
+        return m.UNCONNECTED
+    if error == EBADF or error == ENOTSOCK:
+        return m.GONE
+    return m.BROKEN
+
+
+cdef int perform(Entry *e, int action, long long *amount) noexcept nogil:
+    # Borrows e.fd. Nothing here can block; EINTR cannot happen to calls that do not block, but costs nothing.
+    cdef ssize_t n
+    cdef long long queue
+    cdef int value = 0
+    cdef char peeked
+    if action == m.DISCARD:
+        while True:
+            if e.c.want > 0:
+                n = lx_discard(e.fd, e.c.want, &e.by_copy)
+            else:
+                n = recv(e.fd, &peeked, 1, MSG_PEEK | MSG_DONTWAIT)
+            if n > 0:
+                amount[0] = n
+                return m.INPUT
+            if n == 0:
+                return m.FIN
+            if errno == EAGAIN:
+                return m.EMPTY
+            if errno == ECONNRESET and e.family == LX_TCP and lx_never_heard(e.fd):
+                return m.UNCONNECTED  # not the peer's doing: our shutdown ended an attempt to connect
+            if errno != EINTR:
+                return trouble(errno, amount)
+    if action == m.HALF_CLOSE:
+        return m.HALF_CLOSED if shutdown(e.fd, SHUT_WR) == 0 else trouble(errno, amount)
+    if action == m.COUNT:
+        amount[0] = 0
+        if e.family == LX_LOCAL:
+            return m.COUNTED  # what the kernel took is already in the peer's queue (unix(7))
+        queue = lx_send_queue(e.fd) if e.family == LX_TCP else -1
+        if queue == -2:
+            return trouble(errno, amount)
+        amount[0] = queue
+        return m.COUNTED
+    if action == m.SEND:
+        while True:
+            # MSG_MORE keeps the last bytes back until the shutdown that follows: FIN rides on them.
+            n = send(e.fd, e.rest - e.c.unsent, e.c.unsent, MSG_DONTWAIT | MSG_NOSIGNAL | MSG_MORE)
+            if n >= 0:
+                amount[0] = n
+                return m.SENT
+            if errno == EAGAIN:
+                return m.NO_ROOM
+            if errno == EPIPE and e.family == LX_TCP:
+                # EPIPE tells little. There is no connection, or not any more: recv(2) knows which.
+                if lx_tcp_state(e.fd) == LX_CLOSE:
+                    return m.UNCONNECTED
+                # Or the application half-closed it before: its FIN is in the queue.
+                e.c.fin_queued = True
+                amount[0] = EPIPE
+                return m.BROKEN
+            if errno != EINTR:
+                return trouble(errno, amount)
+    if action == m.PROBE:
+        if lx_option(e.fd, SO_ERROR, &value) != 0:
+            return trouble(errno, amount)
+        if value == 0:
+            return m.NO_ERROR
+        return trouble(value, amount)
+    amount[0] = 0
+    return m.BROKEN
+
+
+cdef void finish(Entry *e, int action) noexcept nogil:
+    # Owns e.fd: it is closed here and nowhere else.
+    cdef int fd = e.fd
+    e.fd = -1
+    if action == m.FORGET:
+        return
+    if action == m.CLOSE_ABORT:
+        lx_linger(fd, 1, 0)
+    elif not (e.c.outcome == m.PEER_CLOSED and e.c.queue_empty):
+        # The application may have set SO_LINGER: the close would block, or reset. (When both sides are done
+        # it does neither, and the call can be spared.)
+        lx_linger(fd, 0, 0)
+    if action == m.CLOSE_SHORT:
+        lx_no_time_wait(fd)
+    elif e.user_timeout >= 0 and e.family == LX_TCP and e.c.outcome != m.PEER_CLOSED and e.c.outcome != m.ACKED:
+        lx_user_timeout(fd, e.user_timeout)
+    # EINTR: the descriptor is free all the same (close(2), Linux), and a second close could hit another's.
+    c_close(fd)
+
+
+cdef void give_up(Entry *e) noexcept nogil:
+    # A signal handler raises: nobody may wait any longer, the kernel gets the rest.
+    e.c.abort = False
+    finish(e, m.CLOSE)
+
+
+cdef int turn(Entry *e, int seen, long long now) noexcept nogil:
+    # Perform until the machine waits, yields or has ended; returns that action.
+    cdef long long amount = 0
+    cdef int action = m.advance(&e.c, seen, 0, now)
+    while action < m.WAIT:
+        seen = perform(e, action, &amount)
+        if seen == m.INPUT or seen == m.SENT or seen == m.EMPTY or seen == m.NO_ERROR:
+            now = lx_now()  # the others never lead straight to a wait
+        action = m.advance(&e.c, seen, amount, now)
+    if action >= m.CLOSE:
+        finish(e, action)
+    return action

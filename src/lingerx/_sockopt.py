@@ -1,0 +1,105 @@
+"""Asks and sets: one function for each socket option and queue that Python's sockets leave to their users.
+
+For the portable engine and for `_tls`. Everything here borrows its socket, and none of it can block. What differs
+between systems is told here, and -1 or None stands for what a system can't tell; no policy may live here.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+import sys
+from contextlib import suppress
+
+from ._arguments import NO_SOCKET
+from ._status import STATES, TcpStatus
+
+if sys.platform != "win32":
+    import fcntl
+    import termios
+
+TCP_FAMILIES = (socket.AF_INET, socket.AF_INET6)
+LOCAL_FAMILY = getattr(socket, "AF_UNIX", None)
+
+# struct linger of socket(7); Windows has two 16-bit fields. macOS: SO_LINGER counts ticks, SO_LINGER_SEC seconds.
+LINGER = struct.Struct("hh" if sys.platform == "win32" else "ii")
+SO_LINGER = 0x1080 if sys.platform == "darwin" else socket.SO_LINGER
+SO_NWRITE = 0x1024  # macOS: data bytes in the send queue
+SIOCOUTQNSD = 0x894B  # linux/sockios.h: bytes of the send queue that were never sent
+FIN_QUEUED = ("FIN-WAIT-1", "LAST-ACK", "CLOSING")
+"""The states in which our FIN may be the last byte of the send queue."""
+
+
+def set_linger(sock: socket.socket, seconds: int) -> None:
+    """SO_LINGER: below 0 off, else on with so many seconds. Raises OSError. Borrows."""
+    sock.setsockopt(socket.SOL_SOCKET, SO_LINGER, LINGER.pack(seconds >= 0, max(seconds, 0)))
+
+
+def get_linger(sock: socket.socket) -> int:
+    """SO_LINGER as `set_linger` takes it; -1 for off. Raises OSError. Borrows."""
+    on, seconds = LINGER.unpack(sock.getsockopt(socket.SOL_SOCKET, SO_LINGER, LINGER.size))
+    return int(seconds) if on else -1
+
+
+def set_tcp(sock: socket.socket, name: str, value: int) -> None:
+    """An option of tcp(7) that some systems lack, and that nothing depends on. Borrows."""
+    with suppress(AttributeError, OSError):
+        sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
+def tcp_state(sock: socket.socket) -> str | None:
+    """The state by its name in RFC 9293, or None where TCP_INFO of tcp(7) does not tell. Borrows."""
+    if sys.platform == "linux":
+        with suppress(OSError):
+            return STATES[sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]]
+    return None
+
+
+def send_queue(sock: socket.socket, fin: int) -> int:
+    """Bytes in the send queue, a FIN in it included (as SIOCOUTQ of tcp(7) counts), or -1. Borrows.
+
+    fin: whether our FIN is in the queue, unless it is empty. Raises OSError with one of NO_SOCKET for a number that
+    is no socket any more.
+    """
+    queue = -1
+    if sock.family == LOCAL_FAMILY:
+        with suppress(OSError):  # a socket that never had a peer
+            sock.getpeername()
+            queue = 0  # what the kernel took is already in the peer's queue (unix(7))
+    elif sock.family in TCP_FAMILIES and sys.platform == "linux":
+        queue = _ioctl(sock, termios.TIOCOUTQ)
+    elif sock.family in TCP_FAMILIES and sys.platform == "darwin":
+        queue = sock.getsockopt(socket.SOL_SOCKET, SO_NWRITE)
+        if queue > 0:
+            queue += fin  # which it does not count
+    return queue
+
+
+def tcp_status(sock: socket.socket) -> TcpStatus:
+    """All that can be told about a connection. Raises OSError for a closed one. Borrows."""
+    sock.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE)  # raises, where the questions below would only not be answered
+    state, unsent, unacked = None, -1, -1
+    if sock.family in TCP_FAMILIES:
+        state = tcp_state(sock)
+        fin = state in FIN_QUEUED
+        unacked = send_queue(sock, fin)
+        if sys.platform == "linux":
+            unsent = _ioctl(sock, SIOCOUTQNSD)
+        if fin and unacked > 0:
+            unacked -= 1
+            unsent = min(unsent, unacked)
+    unread = -1
+    if sys.platform != "win32":
+        unread = _ioctl(sock, termios.FIONREAD)
+    return TcpStatus(state, *(None if value < 0 else value for value in (unsent, unacked, unread)))
+
+
+def _ioctl(sock: socket.socket, request: int) -> int:
+    # Borrows. A number of bytes.
+    if sys.platform != "win32":
+        try:
+            return int(struct.unpack("i", fcntl.ioctl(sock.fileno(), request, bytes(4)))[0])
+        except OSError as error:
+            if error.errno in NO_SOCKET:
+                raise
+    return -1
