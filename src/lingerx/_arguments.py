@@ -9,16 +9,16 @@ from __future__ import annotations
 import errno
 import os
 import socket
-import sys
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from ._ownership import attach, blank
+from ._sockopt import NO_SOCKET
 from .policy import LONGEST_KERNEL_LINGER, Drain, Flush, KernelLinger, Policy, seconds_to_ns
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 __all__ = [
-    "NO_SOCKET",
     "check_data",
     "check_fd",
     "check_linger",
@@ -27,14 +27,12 @@ __all__ = [
     "check_socket",
     "check_spread",
     "check_timeout",
-    "view_fd",
 ]
 
 # stdin, stdout, stderr: whoever passes one of them has mixed up numbers.
 STANDARD_FDS = 3
-
-NO_SOCKET = (errno.EBADF, errno.ENOTSOCK)
-"""The errnos that say: this number is not, or is not any more, an open socket."""
+# An int in C. CPython keeps only the last bits of a larger one, and would take somebody else's socket.
+LARGEST_FD = 2**31 - 1
 
 
 def check_socket(sock: object) -> int:
@@ -72,8 +70,14 @@ def check_fd(fd: object) -> int:
         raise ValueError(f"fd is the number of an open socket, 3 or more; got {fd}")
     if fd < STANDARD_FDS:
         raise ValueError(f"fd {fd} is a standard stream; pass os.dup({fd}) if it really is the connection to close")
+    view = blank()
     try:
-        view = view_fd(fd)
+        if fd > LARGEST_FD:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        attach(view, fd)
+        if view.type != socket.SOCK_STREAM:
+            raise TypeError(f"fd {fd} is no stream socket (SOCK_STREAM); close it with os.close({fd})")
+        _check_not_listening(view)
     except OSError as error:
         if error.errno not in NO_SOCKET:
             raise
@@ -81,10 +85,6 @@ def check_fd(fd: object) -> int:
             f"fd {fd} is no open socket ({error.strerror}), nothing was closed; pass what sock.detach() returned, "
             "once and before anybody else closes it"
         ) from None
-    try:
-        if view.type != socket.SOCK_STREAM:
-            raise TypeError(f"fd {fd} is no stream socket (SOCK_STREAM); close it with os.close({fd})")
-        _check_not_listening(view)
     finally:
         view.detach()
     return fd
@@ -169,35 +169,6 @@ def check_timeout(name: str, value: object) -> int:
 def check_spread(value: object) -> int:
     """Nanoseconds over which close_all spreads its starts; 0 for all at once. Raises as `check_timeout` does."""
     return _ns("spread", value, ", or 0.0 to start all at once")
-
-
-def view_fd(fd: int) -> socket.socket:
-    """A socket object for a number, with O_NONBLOCK as it was. Borrows: the caller must `detach` it or own `fd`.
-
-    The object itself never waits on top of what MSG_DONTWAIT asks for: it has no timeout, or one of 0.0.
-
-    Raises OSError with one of NO_SOCKET for a number that is no open socket.
-    """
-    # With a default timeout a new socket object makes its fd non-blocking, and that is shared with all copies of
-    # it. (Windows cannot tell which it was, and has no such copies in other processes unless share() made them.)
-    if socket.getdefaulttimeout() is None or sys.platform == "win32":
-        return _view(fd)
-    blocking = os.get_blocking(fd)
-    view = _view(fd)
-    view.settimeout(0.0)
-    if blocking:
-        os.set_blocking(fd, True)
-    return view
-
-
-def _view(fd: int) -> socket.socket:
-    try:
-        return socket.socket(fileno=fd)
-    except OSError as error:
-        if error.errno in NO_SOCKET:
-            raise
-        # macOS: getsockname, which finds the family, is EINVAL after a reset. Any family will do to close it.
-        return socket.socket(socket.AF_INET, -1, 0, fileno=fd)
 
 
 def _check_not_listening(sock: socket.socket) -> None:

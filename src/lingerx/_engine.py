@@ -34,7 +34,14 @@ engine, _module = _pick(os.environ.get("LINGERX_ENGINE"))
 """Which engine runs: "native" or "portable"."""
 
 if TYPE_CHECKING:
-    from ._offers import abort, close, close_all, close_fd, get_linger, send_and_close, set_linger, tcp_status
+    from ._offers import abort as abort
+    from ._offers import close as close
+    from ._offers import close_all as close_all
+    from ._offers import close_fd as close_fd
+    from ._offers import get_linger as get_linger
+    from ._offers import send_and_close as send_and_close
+    from ._offers import set_linger as set_linger
+    from ._offers import tcp_status as tcp_status
 else:
     abort = _module.abort
     close = _module.close

@@ -53,7 +53,7 @@ EVENTS = 21
 SEND = 0
 HALF_CLOSE = 1
 DISCARD = 2  # at most `want` bytes; when `want` is 0, look whether there is any input and leave it there
-COUNT = 3  # the send queue
+COUNT = 3  # the send queue; when the state is LEAVING, `never_sent` too: bytes of it that were never sent, or -1
 PROBE = 4  # SO_ERROR; only after the peer's FIN, for reading it clears it and recv could not tell a reset any more
 WAIT = 5  # for what `wants` says, until `wake_at`
 YIELD = 6  # the turn is over: let others have theirs, then tell WOKEN
@@ -218,6 +218,8 @@ def begin(c, goal, timeout, idle, max_bytes, abort, short, unsent, local, polled
     c.polled = polled
     c.fin_queued = 0
     c.queue_empty = 0
+    c.never_sent = -1
+    c.broken = 0
     c.lost = 0
     c.wants = 0
     c.error = 0
@@ -264,9 +266,10 @@ def advance(c, seen, amount, now):
         c.fin_queued = 1
     elif seen == RESET or seen == BROKEN:
         c.error = amount
-        c.lost = 1
+        c.broken = 1
     elif seen == GONE:
         c.error = amount
+        c.lost = c.unsent > 0
 
     state = c.state
     place = state * EVENTS + seen
@@ -277,9 +280,12 @@ def advance(c, seen, amount, now):
 
     if action == DISCARD:
         if c.budget <= 0:
-            return _pause(c, YIELD, now)
+            # No EMPTY is to be had from a peer that never stops: Flush looks at its queue all the same.
+            return COUNT if state == FLUSHING else _pause(c, YIELD, now)
     elif action == WAIT:
-        c.wants = _wants(state, seen, c.polled)
+        if c.budget <= 0:
+            return _pause(c, YIELD, now)
+        c.wants = _wants(state, seen)
         return _pause(c, WAIT, now)
     elif action == CLOSE:
         return _ending(c)
@@ -288,8 +294,8 @@ def advance(c, seen, amount, now):
 
 def _weigh(c, queue):
     # The send queue counts our FIN as one byte, the last. What never left this process is not ACKed either.
-    if queue < 0 or (c.local and c.lost):
-        # A local peer that closed before it had read everything resets us: nobody knows how much it had read.
+    if queue < 0 or (c.local and c.broken):
+        # A local peer that closes before it has read everything resets us: nobody knows how much it had read.
         c.unacked = -1
         return UNCOUNTED
     data = queue - 1 if c.fin_queued and queue > 0 else queue
@@ -299,7 +305,7 @@ def _weigh(c, queue):
         if c.outcome == NOT_CONNECTED and c.unacked > 0:
             # The connection is over and bytes were left: it was reset, and somebody read the error before us.
             c.outcome = PEER_RESET
-            c.lost = 1
+            c.broken = 1
         elif c.goal == FLUSHING and c.fin_queued and queue == 0 and TIMED_OUT <= c.outcome <= SHED:
             c.outcome = ACKED  # at the last moment
     if data > 0:
@@ -307,7 +313,7 @@ def _weigh(c, queue):
     return ACKED_ALL if queue == 0 else ACKED_DATA
 
 
-def _wants(state, seen, polled):
+def _wants(state, seen):
     if state == SENDING:
         return FOR_ROOM if seen == FIN else FOR_ROOM | FOR_INPUT
     if state == DRAINING:
@@ -341,10 +347,12 @@ def _leave(c, outcome):
 
 
 def _ending(c):
-    if c.unsent > 0:
-        c.lost = 1  # they are dropped here
-    if TIMED_OUT <= c.outcome <= SHED and c.abort:
+    aborts = TIMED_OUT <= c.outcome <= SHED and c.abort
+    # What is in flight when a connection breaks may have arrived: only what was never sent is known to be lost.
+    # (A local peer's reset says that something was not read.)
+    if c.unsent > 0 or ((c.broken or aborts) and (c.never_sent > 0 or (c.local and c.broken))):
         c.lost = 1
+    if aborts:
         return CLOSE_ABORT
     if c.outcome == ACKED and c.short:
         return CLOSE_SHORT

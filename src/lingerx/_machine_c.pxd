@@ -13,8 +13,9 @@ cdef struct Closing:
     long long unacked                             # -1: unknown
     int want, budget                              # bytes
     int error                                     # errno or 0
+    int never_sent                                # bytes; -1: unknown
     unsigned char state, goal, outcome, wants
-    unsigned char abort, short, local, polled, fin_queued, queue_empty, lost
+    unsigned char abort, short, local, polled, fin_queued, queue_empty, broken, lost
 
 cdef int SENDING, HALF_CLOSING, DRAINING, CONFIRMING, FLUSHING, FLUSHING_ON, PARTED, LEAVING, CLOSED, STATES, GOAL
 cdef int BEGUN, WOKEN, SENT, NO_ROOM, HALF_CLOSED, UNCONNECTED, INPUT, EMPTY, FIN, COUNTED, NO_ERROR
@@ -39,7 +40,8 @@ cdef int advance(Closing *c, int seen, long long amount, long long now) noexcept
 cdef long long _allowance(Closing *c) noexcept nogil
 @cython.locals(data=cython.longlong)
 cdef int _weigh(Closing *c, long long queue) noexcept nogil
-cdef int _wants(int state, int seen, bint polled) noexcept nogil
+cdef int _wants(int state, int seen) noexcept nogil
 cdef int _pause(Closing *c, int action, long long now) noexcept nogil
 cdef int _leave(Closing *c, int outcome) noexcept nogil
+@cython.locals(aborts=cython.bint)
 cdef int _ending(Closing *c) noexcept nogil

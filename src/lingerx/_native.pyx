@@ -15,9 +15,11 @@ queue from time to time instead.
 
 cimport cython
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
+from cpython.bytes cimport PyBytes_AS_STRING
 from cpython.exc cimport PyErr_CheckSignals
 from libc.errno cimport EAGAIN, EBADF, ECONNABORTED, ECONNRESET, EINTR, EINVAL, ENOTCONN, ENOTSOCK, EPIPE, errno
 from libc.stdlib cimport free, malloc
+from libc.string cimport memcpy
 
 from lingerx cimport _machine_c as m
 from lingerx.report cimport Report
@@ -26,10 +28,9 @@ import _socket
 import os
 import socket
 
-from lingerx import _arguments, _offers, _tls
+from lingerx import _arguments, _offers, _ownership, _tls
 from lingerx._status import STATES as _STATE_NAMES, TcpStatus
 from lingerx.policy import Drain, Policy
-from lingerx.report import Outcome
 
 cdef extern from "_platform.h" nogil:
     ctypedef int socklen_t
@@ -38,9 +39,9 @@ cdef extern from "_platform.h" nogil:
         short events
         short revents
     const int POLLIN, POLLOUT, POLLERR
-    const int SOCK_STREAM, SO_ACCEPTCONN, SO_ERROR, SHUT_WR
+    const int SOCK_STREAM, SO_ERROR, SHUT_WR
     const int MSG_DONTWAIT, MSG_NOSIGNAL, MSG_MORE, MSG_PEEK
-    const int LX_TCP, LX_LOCAL, LX_OTHER, LX_FIN_WAIT1, LX_CLOSE, LX_LAST_ACK, LX_CLOSING
+    const int LX_TCP, LX_LOCAL, LX_OTHER, LX_FIN_WAIT1, LX_CLOSE, LX_LAST_ACK, LX_LISTEN, LX_CLOSING
     int shutdown(int fd, int how)
     ssize_t send(int fd, const void *data, size_t size, int flags)
     ssize_t recv(int fd, void *data, size_t size, int flags)
@@ -49,10 +50,11 @@ cdef extern from "_platform.h" nogil:
     int lx_kind_of_family(int family)
     int lx_family(int fd)
     ssize_t lx_discard(int fd, size_t most, int *by_copy)
+    bint lx_listening(int fd)
     int lx_tcp_state(int fd)
     int lx_never_heard(int fd)
     long long lx_send_queue(int fd)
-    long long lx_never_sent(int fd)
+    int lx_never_sent(int fd)
     long long lx_unread(int fd)
     int lx_linger(int fd, int on, int seconds)
     int lx_get_linger(int fd)
@@ -79,7 +81,6 @@ cdef extern from "_fields.h":
 cdef enum:  # the kinds of policy.py
     KIND_BACKGROUND, KIND_ABORT, KIND_KERNEL_LINGER, KIND_FLUSH, KIND_DRAIN
 
-cdef tuple OUTCOMES = tuple(Outcome)
 cdef object DRAIN = Drain()
 cdef object Socket = socket.socket
 # The C type's own methods and fields, for sockets whose type is exactly socket.socket: a third of the price.
@@ -96,31 +97,20 @@ if family_at < 0 or lx_int_at(_socket.socket.__new__(_socket.socket), fd_at) != 
 
 # What was asked for, in C ---------------------------------------------------------------------------------
 
-cdef struct Terms:
-    int kind
-    long long timeout, idle, max_bytes
-    bint abort
-    int user_timeout
-    bint short
+cdef struct Terms:  # as policy.py packs them
+    long long kind, timeout, idle, max_bytes, abort, user_timeout, short
 
 
-cdef Py_ssize_t terms_at = lx_offset_of_slot(Policy._terms)
+cdef Py_ssize_t packed_at = lx_offset_of_slot(Policy._packed)
 
 
 cdef int read_terms(object policy, Terms *t) except -1:
-    cdef tuple terms
-    if PyType_IsSubtype(type(policy), Policy) and terms_at >= 0 and lx_slot_at(policy, terms_at) != NULL:
-        terms = <tuple> lx_slot_at(policy, terms_at)
+    cdef const char *packed
+    if PyType_IsSubtype(type(policy), Policy) and packed_at >= 0 and lx_slot_at(policy, packed_at) != NULL:
+        packed = PyBytes_AS_STRING(<object> lx_slot_at(policy, packed_at))
     else:
-        terms = _arguments.check_policy(policy)._terms
-    t.kind = terms[0]
-    t.user_timeout = terms[5]
-    if t.kind > KIND_ABORT:
-        t.timeout = terms[1]
-        t.idle = terms[2]
-        t.max_bytes = terms[3]
-        t.abort = terms[4]
-        t.short = terms[6]
+        packed = PyBytes_AS_STRING(_arguments.check_policy(policy)._packed)
+    memcpy(t, packed, sizeof(Terms))
     return 0
 
 
@@ -132,7 +122,7 @@ include "_native_crowd.pxi"
 
 cdef Report make_report(int outcome, long long drained, long long unacked, long long elapsed, int error, bint lost):
     cdef Report r = Report.__new__(Report)
-    r._outcome = OUTCOMES[outcome]
+    r._code = outcome
     r._drained = drained
     r._unacked = unacked
     r._elapsed_ns = elapsed
@@ -193,7 +183,7 @@ cdef int wait_for_one(Entry *e, Waiter *w) noexcept nogil:
 
 
 cdef Report close_one(int fd, int family, const Terms *t, const char *rest, long long unsent, long long started):
-    # Owns fd.
+    # Owns fd; not when it returns None: the socket is listening, and was not touched.
     cdef Entry e
     cdef Waiter w
     cdef int action
@@ -203,7 +193,7 @@ cdef Report close_one(int fd, int family, const Terms *t, const char *rest, long
     open_entry(&e, fd, family, t, rest, unsent, False, started)
     action = turn(&e, m.BEGUN, started)
     if action >= m.CLOSE:
-        return report_of(&e, lx_now())
+        return report_of(&e, lx_now()) if e.fd < 0 else None
     try:
         while action < m.CLOSE:
             with nogil:
@@ -226,14 +216,22 @@ cdef Report close_one(int fd, int family, const Terms *t, const char *rest, long
 
 # The calls: arguments -------------------------------------------------------------------------------------
 
-cdef int check(object sock) except -2:
-    # Borrows. The fd, or -1 for a socket object that is closed already; raises for a caller's mistake.
-    cdef int fd, listening = 0
+cdef int check(object sock, bint at_once=True) except -2:
+    # Borrows. The fd, or -1 for a socket object that is closed already; raises for a caller's mistake. Without
+    # `at_once` a listening TCP socket passes: a half-close does nothing to it and tells (see give_back), for
+    # asking first would cost every other close a system call.
+    cdef int fd
     if type(sock) is Socket and type_at >= 0 and lx_int_at(sock, type_at) == SOCK_STREAM:
         fd = lx_int_at(sock, fd_at) if fd_at >= 0 else lx_call(raw_fileno, sock)
-        if fd > 2 and not (lx_option(fd, SO_ACCEPTCONN, &listening) == 0 and listening):
+        if fd > 2 and ((not at_once and family_of(sock) == LX_TCP) or not lx_listening(fd)):
             return fd
     return _arguments.check_socket(sock)  # which knows the words
+
+
+cdef Report give_back(object sock, int fd):
+    # A listening socket was taken: the caller gets it back, and is told.
+    _ownership.give_back(sock, fd)
+    check(sock)
 
 
 cdef int family_of(object sock) except -1:
@@ -244,7 +242,7 @@ cdef int family_of(object sock) except -1:
 
 cdef int take(object sock) except -2:
     # The fd is ours from here on; -1 when somebody else was quicker.
-    return lx_call(raw_detach, sock) if type(sock) is Socket else _tls.take(sock)
+    return lx_call(raw_detach, sock) if type(sock) is Socket else _ownership.take(sock)
 
 
 # Reports that never differ need not be made again: a Report is a value.
@@ -301,12 +299,13 @@ def close(sock, policy=None):
     cdef int fd, family
     cdef long long started = 0
     read_terms(DRAIN if policy is None else policy, &t)
-    fd = check(sock)
+    fd = check(sock, t.kind < KIND_FLUSH)
     family = family_of(sock)
     if type(sock) is not Socket and t.kind != KIND_ABORT and fd >= 0:
         started = lx_now()
         goodbye(sock)
-    return close_by_terms(take(sock), family, &t, started)
+    fd = take(sock)
+    return close_by_terms(fd, family, &t, started) or give_back(sock, fd)
 
 
 def close_fd(fd, policy=None):
@@ -336,7 +335,7 @@ def send_and_close(sock, data, policy=None):
         _arguments.check_policy(policy, deadline=True)
     if type(data) is not bytes:
         data = _arguments.check_data(data)
-    fd = check(sock)
+    fd = check(sock, False)
     family = family_of(sock)
     if type(sock) is not Socket and fd >= 0 and _tls.is_tls(sock):
         return _tls.send_and_close(sock, memoryview(data), policy, close)
@@ -345,7 +344,8 @@ def send_and_close(sock, data, policy=None):
         fd = take(sock)
         if fd < 0:
             return make_report(m.ALREADY_CLOSED, 0, view.len, 0, 0, view.len > 0)
-        return close_one(fd, family, &t, <const char *> view.buf + view.len, view.len, lx_now())
+        return (close_one(fd, family, &t, <const char *> view.buf + view.len, view.len, lx_now())
+                or give_back(sock, fd))
     finally:
         PyBuffer_Release(&view)
 
@@ -515,5 +515,5 @@ cdef class Rehearsal:
         return self.c
 
 
-for _name in ("abort", "close", "close_all", "close_fd", "get_linger", "send_and_close", "set_linger", "tcp_status"):
+for _name in _offers.OFFERS:
     globals()[_name].__doc__ = getattr(_offers, _name).__doc__

@@ -68,6 +68,8 @@ cdef int perform(Entry *e, int action, long long *amount) noexcept nogil:
         if queue == -2:
             return trouble(errno, amount)
         amount[0] = queue
+        if e.c.state == m.LEAVING:
+            e.c.never_sent = lx_never_sent(e.fd)
         return m.COUNTED
     if action == m.SEND:
         while True:
@@ -80,7 +82,8 @@ cdef int perform(Entry *e, int action, long long *amount) noexcept nogil:
                 return m.NO_ROOM
             if errno == EPIPE and e.family == LX_TCP:
                 # EPIPE tells little. There is no connection, or not any more: recv(2) knows which.
-                if lx_tcp_state(e.fd) == LX_CLOSE:
+                value = lx_tcp_state(e.fd)
+                if value == LX_CLOSE or value == LX_LISTEN:
                     return m.UNCONNECTED
                 # Or the application half-closed it before: its FIN is in the queue.
                 e.c.fin_queued = True
@@ -101,6 +104,8 @@ cdef int perform(Entry *e, int action, long long *amount) noexcept nogil:
 cdef void finish(Entry *e, int action) noexcept nogil:
     # Owns e.fd: it is closed here and nowhere else.
     cdef int fd = e.fd
+    if e.c.outcome == m.NOT_CONNECTED and lx_listening(fd):
+        return  # the caller's mistake, found out late: the driver gives it back
     e.fd = -1
     if action == m.FORGET:
         return

@@ -33,7 +33,7 @@
 #endif
 
 enum { LX_TCP = 0, LX_LOCAL = 1, LX_OTHER = 2 };
-enum { LX_ESTABLISHED = 1, LX_FIN_WAIT1 = 4, LX_CLOSE = 7, LX_LAST_ACK = 9, LX_CLOSING = 11 };
+enum { LX_ESTABLISHED = 1, LX_FIN_WAIT1 = 4, LX_CLOSE = 7, LX_LAST_ACK = 9, LX_LISTEN = 10, LX_CLOSING = 11 };
 
 static inline int lx_kind_of_family(int family) {
     if (family == AF_INET || family == AF_INET6)
@@ -136,7 +136,7 @@ static inline long long lx_send_queue(int fd) {
 }
 
 /* Borrows. Bytes of the send queue that were never sent, or -1. */
-static inline long long lx_never_sent(int fd) {
+static inline int lx_never_sent(int fd) {
 #ifdef __linux__
     int bytes = 0;
     return ioctl(fd, SIOCOUTQNSD, &bytes) == 0 ? bytes : -1;
@@ -199,6 +199,12 @@ static inline void lx_no_time_wait(int fd) {
 static inline int lx_option(int fd, int option, int *value) {
     socklen_t size = sizeof *value;
     return getsockopt(fd, SOL_SOCKET, option, value, &size);
+}
+
+/* Borrows. */
+static inline int lx_listening(int fd) {
+    int value = 0;
+    return lx_option(fd, SO_ACCEPTCONN, &value) == 0 && value;
 }
 
 /* Borrows. Waits for `events` (poll(2)); ns < 0 is not allowed: nothing waits without a deadline. */

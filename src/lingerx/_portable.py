@@ -24,7 +24,9 @@ from typing import TYPE_CHECKING
 
 from . import _arguments, _offers, _sockopt, _tls
 from . import _machine as m
-from ._arguments import NO_SOCKET, check_policy, check_socket
+from ._arguments import check_policy, check_socket
+from ._ownership import Hold
+from ._sockopt import NO_SOCKET
 from ._status import TcpStatus
 from .policy import ABORT, DRAIN, FLUSH, KERNEL_LINGER, Abort, Drain, Policy
 from .report import Outcome, Report
@@ -53,24 +55,24 @@ WASTE = memoryview(bytearray(64 * 1024))
 # One socket -----------------------------------------------------------------------------------------------
 
 
-class Closing:
+class Closing(Hold):
     """The machine's record of one socket (the attributes of `Closing` in `_machine_c.pxd`), and the engine's."""
 
     __slots__ = (
-        *("abort", "budget", "deadline", "drained", "error", "fin_queued", "goal", "heard", "idle", "local", "lost"),
-        *("max_bytes", "outcome", "patience", "polled", "queue_empty", "short", "started", "state", "unacked"),
-        *("unsent", "wake_at", "want", "wants"),
-        *("data", "fd", "place", "policy", "raw", "report", "taken", "tcp", "timer", "waiting", "watched", "wrapper"),
+        *("abort", "broken", "budget", "deadline", "drained", "error", "fin_queued", "goal", "heard", "idle", "local"),
+        *("lost", "max_bytes", "never_sent", "outcome", "patience", "polled", "queue_empty", "short", "started"),
+        *("state", "unacked", "unsent", "wake_at", "want", "wants"),
+        *("data", "place", "policy", "report", "tcp", "timer", "waiting", "watched"),
     )
 
     def __init__(self, wrapper: socket.socket | None, fd: int, policy: Policy, data: memoryview | None = None) -> None:
+        super().__init__(wrapper, fd)
         self.drained = self.error = self.fin_queued = self.local = self.lost = self.outcome = self.patience = 0
-        self.place = self.polled = self.unacked = self.unsent = self.wake_at = self.want = self.wants = self.watched = 0
+        self.place = self.polled = self.state = self.unacked = self.unsent = self.wake_at = self.want = self.wants = 0
         self.started = -1  # until its begin, of which `wake_at` is the time
-        self.wrapper = wrapper  # the caller's object, or None when there is only a number
-        self.fd = fd
-        self.taken = self.tcp = False
         self.policy = policy
+        self.tcp = False
+        self.watched = 0
         self.data = memoryview(b"") if data is None else data
         self.report: Report | None = None
         self.timer: float = math.inf  # the earliest time at which the driver's heap has it
@@ -79,13 +81,10 @@ class Closing:
             lost = len(self.data)
             self.report = Report(Outcome.ALREADY_CLOSED, unacked=lost or None, lost=lost > 0)
 
-    def take(self) -> None:
+    def start(self) -> None:
         """Take over the fd. Owns it from here on, unless there is none: then there is a report."""
-        self.taken = True
-        if self.wrapper is not None:
-            _tls.take(self.wrapper)
         try:
-            self.raw = _arguments.view_fd(self.fd)  # nobody else knows this object
+            self.take()
         except OSError as error:
             if error.errno not in NO_SOCKET:
                 raise
@@ -94,13 +93,6 @@ class Closing:
         if not DONTWAIT:
             self.raw.setblocking(False)
         self.tcp = self.raw.family in _sockopt.TCP_FAMILIES
-
-    def give_up(self) -> None:
-        """Owns. An exception goes on to the caller: the kernel gets the rest at once."""
-        if hasattr(self, "raw"):
-            _tls.drop(self.raw.detach())
-        elif self.report is None and (self.wrapper is None or _tls.take(self.wrapper) >= 0 or self.taken):
-            _tls.drop(self.fd)
 
     def begin(self, end: int, polled: bool) -> None:
         kind, timeout, idle, max_bytes, abort, _, short = self.policy._terms
@@ -124,29 +116,34 @@ class Closing:
                 self.raw.shutdown(socket.SHUT_WR)
                 return m.HALF_CLOSED, 0
             if action == m.COUNT:
+                if self.state == m.LEAVING:
+                    self.never_sent = _sockopt.never_sent(self.raw)
                 return m.COUNTED, _sockopt.send_queue(self.raw, self.fin_queued)
             if action == m.SEND:
                 return m.SENT, self.raw.send(self.data[-self.unsent :], SEND_FLAGS)
-            return _trouble(self.raw.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))
+            error = self.raw.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            return self.explain(action, error) if error else (m.NO_ERROR, 0)
         except BlockingIOError:
             return (m.NO_ROOM if action == m.SEND else m.EMPTY), 0
-        except BrokenPipeError:
-            return self.broken_pipe(), errno.EPIPE
-        except OSError as error:
-            if self.local and error.errno == errno.EINVAL:
-                return m.UNCONNECTED, errno.EINVAL  # so recv(2) says of a unix socket that never was
-            return _trouble(error.errno or errno.EIO)
+        except OSError as trouble:
+            return self.explain(action, trouble.errno or errno.EIO)
 
-    def broken_pipe(self) -> int:
-        # EPIPE is not always the peer's doing.
-        if self.tcp and _sockopt.tcp_state(self.raw) not in (None, "CLOSED"):
-            return m.BROKEN  # our side was half-closed before
-        try:
-            self.raw.recv(1, DONTWAIT | socket.MSG_PEEK)
-        except OSError as error:
-            if error.errno == errno.ENOTCONN:
-                return m.UNCONNECTED  # and never was
-        return m.RESET
+    def explain(self, action: int, error: int) -> tuple[int, int]:
+        """What an errno means to the machine."""
+        if self.tcp and action == m.SEND and error == errno.EPIPE:
+            # EPIPE tells little. There is no connection, or not any more: recv(2) knows which.
+            if _sockopt.tcp_state(self.raw) in (None, "CLOSED"):
+                return m.UNCONNECTED, error
+            # Or the application half-closed it before: its FIN is in the queue.
+            self.fin_queued = 1
+            return m.BROKEN, error
+        if self.tcp and action == m.DISCARD and error == errno.ECONNRESET and _sockopt.never_heard(self.raw):
+            return m.UNCONNECTED, error  # not the peer's doing: our shutdown ended an attempt to connect
+        if error in (errno.ECONNRESET, errno.EPIPE, errno.ECONNABORTED):
+            return m.RESET, error
+        if error in (errno.ENOTCONN, errno.EINVAL):  # AF_UNIX says the latter (unix(7))
+            return m.UNCONNECTED, error
+        return (m.GONE if error in NO_SOCKET else m.BROKEN), error
 
     def finish(self, action: int) -> None:
         """Owns. The machine has ended: close as it says, and report."""
@@ -181,17 +178,6 @@ class Closing:
             self.raw.close()
         elapsed = (time.monotonic_ns() - started) / 1e9 if kind == KERNEL_LINGER else 0.0
         self.report = Report(Outcome.ABORTED if kind == ABORT else Outcome.BACKGROUND, elapsed=elapsed)
-
-
-def _trouble(error: int) -> tuple[int, int]:
-    # What an errno means to the machine.
-    if error in (errno.ECONNRESET, errno.EPIPE, errno.ECONNABORTED):
-        return m.RESET, error
-    if error == errno.ENOTCONN:
-        return m.UNCONNECTED, error
-    if error in NO_SOCKET:
-        return m.GONE, error
-    return (m.BROKEN if error else m.NO_ERROR), error
 
 
 # The driver -----------------------------------------------------------------------------------------------
@@ -411,7 +397,7 @@ def _close_all(closings: list[Closing], policy: Policy, within: int = -1, spread
             in_time = kind != ABORT and (end < 0 or time.monotonic_ns() < end)
             if in_time and c.wrapper is not None and _tls.is_tls(c.wrapper):
                 _tls.say_goodbye(c.wrapper)
-            c.take()
+            c.start()
         alive = [c for c in closings if c.report is None]
         if kind in (DRAIN, FLUSH):
             Crowd(alive, end).run()

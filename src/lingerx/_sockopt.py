@@ -6,17 +6,20 @@ between systems is told here, and -1 or None stands for what a system can't tell
 
 from __future__ import annotations
 
+import errno
 import socket
 import struct
 import sys
 from contextlib import suppress
 
-from ._arguments import NO_SOCKET
 from ._status import STATES, TcpStatus
 
 if sys.platform != "win32":
     import fcntl
     import termios
+
+NO_SOCKET = (errno.EBADF, errno.ENOTSOCK)
+"""The errnos that say: this number is not, or is not any more, an open socket."""
 
 TCP_FAMILIES = (socket.AF_INET, socket.AF_INET6)
 LOCAL_FAMILY = getattr(socket, "AF_UNIX", None)
@@ -26,6 +29,7 @@ LINGER = struct.Struct("hh" if sys.platform == "win32" else "ii")
 SO_LINGER = 0x1080 if sys.platform == "darwin" else socket.SO_LINGER
 SO_NWRITE = 0x1024  # macOS: data bytes in the send queue
 SIOCOUTQNSD = 0x894B  # linux/sockios.h: bytes of the send queue that were never sent
+SEGS_IN = 140  # where linux/tcp.h has tcpi_segs_in, of four bytes (Linux 4.2)
 FIN_QUEUED = ("FIN-WAIT-1", "LAST-ACK", "CLOSING")
 """The states in which our FIN may be the last byte of the send queue."""
 
@@ -63,9 +67,7 @@ def send_queue(sock: socket.socket, fin: int) -> int:
     """
     queue = -1
     if sock.family == LOCAL_FAMILY:
-        with suppress(OSError):  # a socket that never had a peer
-            sock.getpeername()
-            queue = 0  # what the kernel took is already in the peer's queue (unix(7))
+        queue = 0  # what the kernel took is already in the peer's queue (unix(7))
     elif sock.family in TCP_FAMILIES and sys.platform == "linux":
         queue = _ioctl(sock, termios.TIOCOUTQ)
     elif sock.family in TCP_FAMILIES and sys.platform == "darwin":
@@ -73,6 +75,22 @@ def send_queue(sock: socket.socket, fin: int) -> int:
         if queue > 0:
             queue += fin  # which it does not count
     return queue
+
+
+def never_sent(sock: socket.socket) -> int:
+    """Bytes of a TCP socket's send queue that were never sent, or -1. Raises as `send_queue` does. Borrows."""
+    if sys.platform == "linux" and sock.family in TCP_FAMILIES:
+        return _ioctl(sock, SIOCOUTQNSD)
+    return -1
+
+
+def never_heard(sock: socket.socket) -> bool:
+    """Whether a TCP socket never got a single segment from anybody: it was not connected yet. Borrows."""
+    if sys.platform == "linux":
+        with suppress(OSError):
+            info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, SEGS_IN + 4)
+            return len(info) == SEGS_IN + 4 and not any(info[SEGS_IN:])
+    return False
 
 
 def tcp_status(sock: socket.socket) -> TcpStatus:
@@ -83,8 +101,7 @@ def tcp_status(sock: socket.socket) -> TcpStatus:
         state = tcp_state(sock)
         fin = state in FIN_QUEUED
         unacked = send_queue(sock, fin)
-        if sys.platform == "linux":
-            unsent = _ioctl(sock, SIOCOUTQNSD)
+        unsent = never_sent(sock)
         if fin and unacked > 0:
             unacked -= 1
             unsent = min(unsent, unacked)

@@ -9,7 +9,7 @@ says, and the object cannot be told "not at all" without setting O_NONBLOCK on i
 
 - An object that has a timeout has O_NONBLOCK set already: settimeout(0.0) then changes nothing but the object.
 - For `unwrap` alone a blocking object will do as well: there CPython does not try again. SO_RCVTIMEO and
-  SO_SNDTIMEO of 1 us (socket(7)) let the kernel give up after one tick, at most 10 ms.
+  SO_SNDTIMEO of 1 us (socket(7)) let the kernel give up after a tick or two (8 ms at most with 250 Hz).
 - `send` and `recv` would be tried again for ever. But the session keeps the number of its fd after `detach`, and
   settimeout(0.0) on the detached object sets the object's timeout and fails only then (EBADF). `unwrap` does want
   an object with an fd, so it is given back before.
@@ -28,15 +28,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, TypeGuard
 
-from ._arguments import NO_SOCKET, view_fd
-from ._sockopt import set_linger
+from ._ownership import attach, blank, drop, take
+from ._sockopt import NO_SOCKET
 from .policy import Policy, left_of
 from .report import Outcome, Report
 
 if TYPE_CHECKING:
     from ssl import SSLSocket
 
-__all__ = ["drop", "is_tls", "say_goodbye", "send_and_close", "take"]
+__all__ = ["is_tls", "say_goodbye", "send_and_close", "take"]
 
 # What OpenSSL makes one record of (RFC 8446 5.1): a bigger write is cut up there, with no saying how far it got.
 RECORD = 16 * 1024
@@ -47,6 +47,7 @@ READS = 64
 RESETS = (errno.ECONNRESET, errno.EPIPE, errno.ECONNABORTED, errno.ENOTCONN)
 DONTWAIT = getattr(socket, "MSG_DONTWAIT", 0)  # none on Windows, where the fd is non-blocking by then
 
+GLANCE = 0.001  # seconds; a guess
 LONGEST_POLL = 1_000_000_000  # ms, which an int can hold
 
 READABLE, WRITABLE, BROKEN = 1, 2, 4
@@ -56,18 +57,6 @@ def is_tls(sock: socket.socket) -> TypeGuard[SSLSocket]:
     """Whether there is a TLS session to end: an ssl.SSLSocket whose handshake is done. Borrows."""
     ssl = sys.modules.get("ssl")
     return ssl is not None and isinstance(sock, ssl.SSLSocket) and sock.version() is not None
-
-
-def take(sock: socket.socket) -> int:
-    """The fd, which is the caller's from here on (Owns), or -1 when the object had none.
-
-    An SSLSocket loses its session with it: OpenSSL keeps the number, and would write to whatever gets it next.
-    """
-    fd = sock.detach()
-    ssl = sys.modules.get("ssl")
-    if ssl is not None and isinstance(sock, ssl.SSLSocket):
-        sock._sslobj = None  # as its own close() does
-    return fd
 
 
 def say_goodbye(sock: SSLSocket) -> None:
@@ -102,37 +91,31 @@ def send_and_close(
     if sys.platform == "win32":
         sock.settimeout(0.0)  # no copies in other processes here, unless share() made them
     fd = sock.fileno()
+    raw = blank()
     try:
         sock.detach()
-        raw = view_fd(fd)
-    except OSError as error:
-        take(sock)
-        if error.errno in NO_SOCKET:
-            return Report(Outcome.ALREADY_CLOSED, error=error.errno)
-        drop(fd)
-        raise
-    except BaseException:
-        take(sock)
-        drop(fd)
-        raise
-    try:
+        attach(raw, fd)
         with suppress(OSError):
             sock.settimeout(0.0)
         sending = _Sending(sock, raw, data, policy, started)
-        with _unwaiting(raw):
-            sending.run()
+        sending.run()
         if sending.outcome is None:
-            _attach(sock, raw)
+            attach(sock, fd)
             _unwrap(sock)
         take(sock)
         elapsed = time.monotonic_ns() - started if sending.outcome is None else -1
         rest = left_of(policy, elapsed, sending.drained)
-    except BaseException:
-        take(sock)
+    except BaseException as error:
         raw.detach()
+        take(sock)
+        if isinstance(error, OSError) and error.errno in NO_SOCKET:
+            return Report(Outcome.ALREADY_CLOSED, 0, len(data) or None, error=error.errno, lost=len(data) > 0)
         drop(fd)
         raise
-    return sending.merge(close(raw, rest))
+    try:
+        return sending.merge(close(raw, rest))
+    finally:
+        drop(raw.detach())  # an exception may have come before the engine took it
 
 
 class _Sending:
@@ -175,8 +158,9 @@ class _Sending:
         import ssl  # the SSLSocket's owner has imported it
 
         try:
-            while not self.turn(ssl.SSLWantReadError, ssl.SSLWantWriteError):
-                pass
+            with _unwaiting(self.raw):
+                while not self.turn(ssl.SSLWantReadError, ssl.SSLWantWriteError):
+                    pass
         except ssl.SSLEOFError:
             self.fail(errno.ECONNRESET)  # so CPython calls every error of a write
         except ssl.SSLError:
@@ -193,6 +177,8 @@ class _Sending:
             if error:
                 self.fail(error)
                 return True
+            # An error queue (recv(2), MSG_ERRQUEUE) is reported without end, and nothing here reads it.
+            time.sleep(GLANCE)
         if ready & READABLE and self.open:
             self.stuck = False
             with suppress(want_read, want_write):
@@ -264,7 +250,7 @@ class _Sending:
         lost = closed.delivered is False
         if self.outcome is not None and outcome is not Outcome.ALREADY_CLOSED:
             reset = self.outcome in (Outcome.PEER_RESET, Outcome.FAILED)
-            lost = lost or reset or len(self.data) > 0
+            lost = lost or len(self.data) > 0  # what is in flight when a connection breaks may have arrived
             if unacked is not None:
                 unacked += len(self.data)
             # A reset that the engine has seen since says more than our own limit.
@@ -272,17 +258,6 @@ class _Sending:
                 outcome, error = self.outcome, self.error
         elapsed = (time.monotonic_ns() - self.started) / 1e9
         return Report(outcome, self.drained + closed.drained, unacked, elapsed, error, lost=lost)
-
-
-def _attach(sock: SSLSocket, raw: socket.socket) -> None:
-    # Borrows. Both objects have the same fd now.
-    fd = raw.fileno()
-    blocking = sys.platform != "win32" and os.get_blocking(fd)
-    super(socket.socket, sock).__init__(raw.family, raw.type, raw.proto, fd)
-    if not blocking or socket.getdefaulttimeout() is not None:
-        sock.settimeout(0.0)
-    if blocking:
-        os.set_blocking(fd, True)  # a default timeout has changed it
 
 
 def _unwrap(sock: SSLSocket) -> None:
@@ -297,7 +272,7 @@ _WASTE = bytearray(64 * 1024)
 
 @contextmanager
 def _unwaiting(sock: socket.socket) -> Iterator[None]:
-    # Borrows. For the time of the block the kernel waits for this socket for one tick only (see the top).
+    # Borrows. For the time of the block the kernel waits for this socket for a tick or two only (see the top).
     if sys.platform == "win32" or not os.get_blocking(sock.fileno()):
         yield
         return
@@ -334,14 +309,3 @@ def _wait(fd: int, wants: int, until: int) -> int:
         if seen & select.POLLERR:
             ready |= BROKEN
     return ready
-
-
-def drop(fd: int) -> None:
-    """A plain close that cannot block, for when an exception leaves no time for more. Owns."""
-    if fd < 0:
-        return
-    with suppress(OSError):
-        raw = view_fd(fd)
-        with suppress(OSError):
-            set_linger(raw, -1)
-        raw.close()

@@ -2,11 +2,13 @@
 
 Here live only the values a caller passes and their checks. Nothing in this file touches a socket, reads a
 clock or imports another lingerx module. Seconds come in as numbers and are kept as integer nanoseconds in
-``_terms``, the one tuple of plain integers that both engines read.
+``_terms``, the one tuple of plain integers that the engines read; ``_packed`` holds the same for C.
 """
 
 from __future__ import annotations
 
+import math
+import struct
 from typing import Any, ClassVar, Literal, NoReturn, SupportsFloat
 
 __all__ = [
@@ -47,7 +49,10 @@ def seconds_to_ns(name: str, value: SupportsFloat, instead: str = "") -> int:
     """
     if isinstance(value, (bool, str, bytes)) or not hasattr(type(value), "__float__"):
         raise TypeError(f"{name} is a number of seconds, such as 3.0{instead}; got {value!r}")
-    seconds = float(value)
+    try:
+        seconds = float(value)
+    except OverflowError:
+        seconds = math.inf
     if not 0.0 <= seconds <= LONGEST_TIMEOUT:  # also false for NaN
         raise ValueError(f"{name} is a number of seconds from 0 to {LONGEST_TIMEOUT:.0f}{instead}; got {value!r}")
     return round(seconds * 1e9)
@@ -89,10 +94,11 @@ def _aborts(value: str) -> int:
 class Policy:
     """What all five have in common: immutable, comparable, hashable, picklable. Not for subclassing."""
 
-    __slots__ = ("_terms",)
+    __slots__ = ("_packed", "_terms")
     __match_args__: ClassVar[tuple[str, ...]] = ()
 
     _terms: Terms
+    _packed: bytes
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Policy:
         if cls is Policy:
@@ -108,6 +114,7 @@ class Policy:
 
     def _settle(self, terms: Terms, **values: object) -> None:
         object.__setattr__(self, "_terms", terms)
+        object.__setattr__(self, "_packed", struct.pack("=7q", *terms))
         for name, value in values.items():
             object.__setattr__(self, name, value)
 
@@ -151,7 +158,7 @@ class Background(Policy):
     """
 
     __slots__ = ("user_timeout",)
-    __match_args__ = __slots__
+    __match_args__ = ("user_timeout",)
 
     user_timeout: SupportsFloat | None
 
@@ -183,7 +190,7 @@ class KernelLinger(Policy):
     """
 
     __slots__ = ("seconds",)
-    __match_args__ = __slots__
+    __match_args__ = ("seconds",)
 
     seconds: int
 
@@ -216,7 +223,7 @@ class Flush(Policy):
     """
 
     __slots__ = ("timeout", "max_bytes", "on_timeout", "user_timeout", "reset_after_ack")
-    __match_args__ = __slots__
+    __match_args__ = ("timeout", "max_bytes", "on_timeout", "user_timeout", "reset_after_ack")
 
     timeout: float
     max_bytes: int | None
@@ -270,7 +277,7 @@ class Drain(Policy):
     """
 
     __slots__ = ("timeout", "idle_timeout", "max_bytes", "on_timeout", "user_timeout")
-    __match_args__ = __slots__
+    __match_args__ = ("timeout", "idle_timeout", "max_bytes", "on_timeout", "user_timeout")
 
     timeout: float
     idle_timeout: SupportsFloat | None

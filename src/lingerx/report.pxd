@@ -4,11 +4,10 @@
 cimport cython
 
 
+# No Python object inside: nothing for the garbage collector to look at.
 @cython.final
-@cython.no_gc
-@cython.freelist(256)
 cdef class Report:
-    cdef object _outcome
+    cdef int _code                # which outcome
     cdef long long _drained
     cdef long long _unacked       # -1: unknown
     cdef long long _elapsed_ns

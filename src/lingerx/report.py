@@ -42,6 +42,9 @@ class Outcome(enum.Enum):
     """The network or the system failed; `error` says how."""
 
 
+OUTCOMES = tuple(Outcome)
+
+
 class Report:
     """What came of one close. Immutable; unpacks into its five fields, in this order:
 
@@ -55,7 +58,7 @@ class Report:
     lost: the un-ACKed bytes are known never to arrive (the connection was reset, or they were dropped here).
     """
 
-    __slots__ = ("_drained", "_elapsed_ns", "_error", "_lost", "_outcome", "_unacked")
+    __slots__ = ("_code", "_drained", "_elapsed_ns", "_error", "_lost", "_unacked")
     __match_args__ = ("outcome", "drained", "unacked", "elapsed", "error")
 
     def __init__(
@@ -70,7 +73,7 @@ class Report:
     ) -> None:
         if not isinstance(outcome, Outcome):
             raise TypeError(f"outcome is a lingerx.Outcome; got {outcome!r}")
-        self._outcome = outcome
+        self._code = OUTCOMES.index(outcome)
         self._drained = drained
         self._unacked = -1 if unacked is None else unacked
         self._elapsed_ns = round(elapsed * 1e9)
@@ -80,7 +83,7 @@ class Report:
     @property
     def outcome(self) -> Outcome:
         """How it ended."""
-        return self._outcome
+        return OUTCOMES[self._code]
 
     @property
     def drained(self) -> int:
