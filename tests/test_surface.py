@@ -1,0 +1,198 @@
+"""The public surface: names, signatures, docstrings, the choice of an engine, what an import costs, types for users."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import subprocess
+import sys
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+import pytest
+
+import lingerx
+
+if TYPE_CHECKING:
+    from conformance import Engine
+
+DOCUMENTED = {
+    *("Background", "Abort", "KernelLinger", "Flush", "Drain", "Policy", "policy_from_linger"),
+    *("Report", "Outcome", "TcpStatus"),
+    *("close", "close_fd", "close_all", "send_and_close", "abort", "closing"),
+    *("set_linger", "get_linger", "tcp_status"),
+    "engine",
+}
+
+TIMES = {"timeout", "idle_timeout", "user_timeout", "seconds", "spread", "elapsed"}
+"""Names of parameters and properties whose unit must be told."""
+
+HEAVY = ("asyncio", "ssl", "rich", "click", "dataclasses", "inspect")
+"""Modules that cost more to import than lingerx itself, and that a program may well do without."""
+
+PACKAGE = Path(lingerx.__file__).parent
+NATIVE_IS_HERE = find_spec("lingerx._native") is not None
+
+BLOCK_NATIVE = """
+import sys
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name == "lingerx._native":
+            raise {error}
+sys.meta_path.insert(0, Blocker())
+"""
+MISSING = BLOCK_NATIVE.format(error='ModuleNotFoundError("no such module", name=name)')
+UNUSABLE = BLOCK_NATIVE.format(error='ImportError("wrong ELF class", name=name)')
+INCOMPLETE = BLOCK_NATIVE.format(error='ModuleNotFoundError("no such module", name="lingerx._machine_c")')
+SHOW = "import lingerx; print(lingerx.engine, lingerx.close.__module__)"
+
+
+def _run(code: str, engine: str | None = None) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if name != "LINGERX_ENGINE"}
+    if engine is not None:
+        environment["LINGERX_ENGINE"] = engine
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+
+
+def _fails(code: str, engine: str | None, sentence: str) -> None:
+    done = _run(code, engine)
+    last = done.stderr.rstrip().rpartition("\n")[2]
+    assert done.returncode != 0
+    assert last.startswith(("ImportError: ", "ModuleNotFoundError: "))
+    assert sentence in last
+
+
+def test_public_names_are_the_documented_ones() -> None:
+    assert set(lingerx.__all__) == DOCUMENTED
+    assert list(lingerx.__all__) == sorted(DOCUMENTED)
+
+
+def test_nothing_else_looks_public() -> None:
+    names = {name for name, value in vars(lingerx).items() if not name.startswith("_")}
+    submodules = {name for name in names if isinstance(getattr(lingerx, name), ModuleType)}
+    assert names - submodules == DOCUMENTED
+    assert submodules <= {path.stem for path in PACKAGE.iterdir()}
+
+
+def test_an_engine_offers_what_is_written_down(engine: Engine) -> None:
+    offers = import_module("lingerx._offers").OFFERS
+    found = {
+        name
+        for name, value in vars(engine).items()
+        if not name.startswith("_")
+        and callable(value)
+        and not isinstance(value, type)
+        and value.__module__ == engine.__name__  # type: ignore[attr-defined]
+    }
+    assert found == set(offers)
+    assert list(offers) == sorted(offers)
+
+
+def _shape(function: object) -> list[tuple[str, str, object]]:
+    assert callable(function)
+    parameters = inspect.signature(function).parameters.values()
+    return [(parameter.name, parameter.kind.name, parameter.default) for parameter in parameters]
+
+
+@pytest.mark.parametrize("name", import_module("lingerx._offers").OFFERS)
+def test_an_engine_s_signatures_are_those_written_down(engine: Engine, name: str) -> None:
+    written = getattr(import_module("lingerx._offers"), name)
+    offered = getattr(engine, name)
+    assert _shape(offered) == _shape(written)
+    assert inspect.getdoc(offered) == inspect.getdoc(written)
+
+
+@pytest.mark.parametrize("name", sorted(DOCUMENTED - {"engine"}))
+def test_a_docstring_that_tells_the_units(name: str) -> None:
+    value = getattr(lingerx, name)
+    words = inspect.getdoc(value)
+    assert words
+    shown = set(vars(value)) if isinstance(value, type) else set()
+    if name not in ("Outcome", "Report"):  # an enumeration; a compiled type, which has no signature
+        shown |= set(inspect.signature(value).parameters)
+    if TIMES & shown:
+        assert "second" in words
+
+
+@pytest.mark.parametrize("policy", [lingerx.Background, lingerx.Drain, lingerx.Flush, lingerx.KernelLinger])
+def test_help_shows_the_arguments_of_a_policy(policy: type[lingerx.Policy]) -> None:
+    assert tuple(inspect.signature(policy).parameters) == policy.__match_args__
+
+
+@pytest.mark.parametrize("name", ["Report", "Outcome", "TcpStatus", "closing"])
+def test_what_a_type_shows_is_documented(name: str) -> None:
+    members = [value for key, value in vars(getattr(lingerx, name)).items() if not key.startswith("_")]
+    assert [member for member in members if not inspect.getdoc(member)] == []
+
+
+def test_the_import_is_light() -> None:
+    done = _run("import sys; before = set(sys.modules); import lingerx; print(*sorted(set(sys.modules) - before))")
+    assert done.returncode == 0, done.stderr
+    loaded = {name.partition(".")[0] for name in done.stdout.split()}
+    assert "lingerx" in loaded
+    assert loaded.isdisjoint(HEAVY)
+
+
+def test_the_import_opens_nothing_and_starts_nothing() -> None:
+    code = "import lingerx, threading; assert threading.active_count() == 1; import socket; socket.socket().close()"
+    done = _run(code)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_engine_in_use_is_told() -> None:
+    wanted = os.environ.get("LINGERX_ENGINE") or ("native" if NATIVE_IS_HERE else "portable")
+    assert lingerx.engine == wanted
+    engine = import_module(f"lingerx._{wanted}")
+    for name in import_module("lingerx._offers").OFFERS:
+        assert getattr(lingerx, name) is getattr(engine, name)
+
+
+@pytest.mark.parametrize("engine_name", [None, "", "native"], ids=["unset", "empty", "native"])
+def test_the_native_engine_where_it_was_built(engine_name: str | None) -> None:
+    if not NATIVE_IS_HERE:
+        pytest.skip("portable build: lingerx._native is not installed")
+    assert _run(SHOW, engine_name).stdout.split() == ["native", "lingerx._native"]
+
+
+def test_the_portable_engine_on_demand() -> None:
+    assert _run(SHOW, "portable").stdout.split() == ["portable", "lingerx._portable"]
+
+
+def test_the_portable_engine_does_not_need_the_native_one() -> None:
+    assert _run(MISSING + SHOW, "portable").stdout.split() == ["portable", "lingerx._portable"]
+    assert _run(MISSING + SHOW).stdout.split() == ["portable", "lingerx._portable"]
+
+
+def test_a_forced_native_engine_that_is_missing() -> None:
+    _fails(MISSING + SHOW, "native", "installed without its compiled engine")
+
+
+@pytest.mark.parametrize("engine_name", [None, "native"])
+def test_a_native_engine_that_cannot_be_loaded_is_not_passed_over(engine_name: str | None) -> None:
+    _fails(UNUSABLE + SHOW, engine_name, "wrong ELF class")
+    _fails(INCOMPLETE + SHOW, engine_name, "no such module")
+
+
+@pytest.mark.parametrize("engine_name", ["Native", "c", "portable,native", " "])
+def test_an_unknown_engine(engine_name: str) -> None:
+    _fails(SHOW, engine_name, f"LINGERX_ENGINE is 'native' or 'portable'; got {engine_name!r}")
+
+
+@pytest.mark.slow
+def test_a_user_s_program_in_the_eyes_of_mypy(tmp_path: Path) -> None:
+    pytest.importorskip("mypy", reason="mypy is not installed")
+    program = Path(__file__).with_name("typing_program.py")
+    environment = dict(os.environ)
+    if PACKAGE.parent.name != "site-packages":  # there mypy looks itself, and finds py.typed
+        environment["MYPYPATH"] = str(PACKAGE.parent)
+    command = [sys.executable, "-m", "mypy", "--strict", "--config-file=", f"--cache-dir={tmp_path}", str(program)]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_that_program_uses_every_public_name() -> None:
+    words = Path(__file__).with_name("typing_program.py").read_text(encoding="utf-8")
+    assert [name for name in lingerx.__all__ if f"lingerx.{name}" not in words] == []

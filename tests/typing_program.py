@@ -1,0 +1,103 @@
+"""A user's program that uses every public name. It is not run: a test has mypy --strict read it.
+
+An ignored error that mypy does not find is an error too (--warn-unused-ignores): those lines show what the types
+must refuse.
+"""
+
+from __future__ import annotations
+
+import socket
+import ssl
+from collections.abc import Iterable
+
+import lingerx
+
+
+def choose(policies: Iterable[lingerx.Policy]) -> lingerx.Policy:
+    for policy in policies:
+        match policy:
+            case lingerx.Drain(timeout=timeout, idle_timeout=None) if timeout > 1:
+                return policy
+            case lingerx.Flush(reset_after_ack=True) | lingerx.KernelLinger():
+                return lingerx.Abort()
+    return lingerx.Background(user_timeout=30)
+
+
+def every_policy() -> list[lingerx.Policy]:
+    known: lingerx.Background | lingerx.Abort | lingerx.KernelLinger = lingerx.policy_from_linger(3)
+    return [
+        known,
+        lingerx.Background(),
+        lingerx.Abort(),
+        lingerx.KernelLinger(3),
+        lingerx.Flush(1.0, max_bytes=65536, on_timeout="abort", user_timeout=20.0, reset_after_ack=True),
+        lingerx.Drain(10, idle_timeout=5, max_bytes=None, on_timeout="background", user_timeout=None),
+    ]
+
+
+def read(report: lingerx.Report) -> str:
+    outcome: lingerx.Outcome = report.outcome
+    drained: int = report.drained
+    unacked: int | None = report.unacked
+    elapsed: float = report.elapsed
+    error: int | None = report.error
+    delivered: bool | None = report.delivered
+    if outcome is lingerx.Outcome.PEER_CLOSED and delivered:
+        return f"{drained} bytes in {elapsed:.3f} s"
+    match report:
+        case lingerx.Report(lingerx.Outcome.TIMED_OUT, _, int(missing)):
+            return f"{missing} bytes missing"
+    return f"{outcome.name}: {unacked} {error} {len(report)} {list(report)}"
+
+
+def close_them(sock: socket.socket, tls: ssl.SSLSocket, policy: lingerx.Policy) -> list[lingerx.Report]:
+    one: lingerx.Report = lingerx.close(sock)
+    reports: list[lingerx.Report] = [
+        one,
+        lingerx.close(tls, policy),
+        lingerx.close(sock, policy=None),
+        lingerx.abort(sock),
+        lingerx.close_fd(sock.detach(), policy),
+        lingerx.send_and_close(sock, b"bye", policy),
+        lingerx.send_and_close(sock, bytearray(3)),
+        lingerx.send_and_close(tls, memoryview(b"bye"), policy=policy),
+    ]
+    reports += lingerx.close_all([sock, tls], policy, timeout=15.0)
+    reports += lingerx.close_all(iter((sock,)), timeout=None, spread=1)
+    return reports
+
+
+def leave(sock: socket.socket) -> lingerx.Report | None:
+    with lingerx.closing(sock, lingerx.Drain(), on_error=lingerx.Abort()) as same:
+        still: socket.socket = same
+        still.sendall(b"answer")
+    block = lingerx.closing(sock)
+    with block:
+        pass
+    return block.report
+
+
+def ask(sock: socket.socket) -> lingerx.TcpStatus:
+    lingerx.set_linger(sock, -1)
+    seconds: int = lingerx.get_linger(sock)
+    status: lingerx.TcpStatus = lingerx.tcp_status(sock)
+    state: str | None = status.state
+    counts: tuple[int | None, int | None, int | None] = (status.unsent, status.unacked, status.unread)
+    name: str = lingerx.engine
+    print(seconds, state, counts, name)
+    return status
+
+
+def refused(sock: socket.socket, report: lingerx.Report) -> None:
+    lingerx.close(sock.fileno())  # type: ignore[arg-type]
+    lingerx.close(sock, 3.0)  # type: ignore[arg-type]
+    lingerx.close(sock, lingerx.Drain)  # type: ignore[arg-type]
+    lingerx.close_fd(sock)  # type: ignore[arg-type]
+    lingerx.send_and_close(sock, "text")  # type: ignore[arg-type]
+    lingerx.close_all(sock)  # type: ignore[arg-type]
+    lingerx.Drain(on_timeout="linger")  # type: ignore[arg-type]
+    lingerx.Drain("3")  # type: ignore[arg-type]
+    lingerx.Flush(max_bytes=1.5)  # type: ignore[arg-type]
+    lingerx.KernelLinger(1.5)  # type: ignore[arg-type]
+    lingerx.set_linger(sock, None)  # type: ignore[arg-type]
+    report.drained = 3  # type: ignore[misc]
