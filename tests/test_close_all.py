@@ -91,6 +91,18 @@ def test_socket_that_occurs_twice_is_closed_once(engine: Engine, policy: Policy,
     assert reports[0] == reports[2]
 
 
+def test_two_objects_that_hold_one_fd_are_refused(engine: Engine, tcp: PairMaker) -> None:
+    (ours, peer), (other, _) = tcp(), tcp()
+    twin = socket.socket(fileno=ours.fileno())
+    try:
+        with pytest.raises(ValueError, match=r"two socket objects hold fd \d+"):
+            engine.close_all([other, ours, twin])
+    finally:
+        twin.detach()
+    ours.sendall(ANSWER)  # still the caller's
+    assert peer.recv(len(ANSWER), socket.MSG_WAITALL) == ANSWER
+
+
 def test_sockets_that_are_closed_already(engine: Engine, tcp: PairMaker) -> None:
     (closed, _), (ours, peer), (detached, _) = tcp(), tcp(), tcp()
     closed.close()

@@ -27,6 +27,7 @@ __all__ = [
     "check_socket",
     "check_spread",
     "check_timeout",
+    "check_unique",
 ]
 
 # stdin, stdout, stderr: whoever passes one of them has mixed up numbers.
@@ -54,6 +55,14 @@ def check_socket(sock: object) -> int:
     if fd < STANDARD_FDS:
         raise ValueError(f"fd {fd} is a standard stream; pass sock.dup() if it really is the connection to close")
     _check_not_listening(sock)
+    return fd
+
+
+def check_unique(fd: int, seen: set[int]) -> int:
+    """`fd`, which goes into `seen`. Raises ValueError when it is there already: two objects would close it twice."""
+    if fd >= 0 and fd in seen:
+        raise ValueError(f"two socket objects hold fd {fd}, which can be closed only once; detach() one of them")
+    seen.add(fd)
     return fd
 
 

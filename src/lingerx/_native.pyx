@@ -359,12 +359,13 @@ def close_all(socks, policy=None, *, timeout=None, spread=0.0):
     cdef list families = []
     cdef list places = []
     cdef dict place_of = {}
+    cdef set fds = set()
     read_terms(DRAIN if policy is None else policy, &t)
     within = _arguments.check_timeout("timeout", timeout)
     spread_ns = _arguments.check_spread(spread)
     for sock in list(socks):
         if id(sock) not in place_of:
-            check(sock)
+            _arguments.check_unique(check(sock), fds)
             place_of[id(sock)] = len(unique)
             unique.append(sock)
             families.append(family_of(sock))

@@ -378,8 +378,11 @@ def close_all(
     within = _arguments.check_timeout("timeout", timeout)
     over = _arguments.check_spread(spread)
     wanted = list(socks)
-    closings = {id(sock): Closing(sock, check_socket(sock), policy) for sock in wanted}
-    reports = dict(zip(closings, _close_all(list(closings.values()), policy, within, over), strict=True))
+    unique = {id(sock): sock for sock in wanted}
+    fds: set[int] = set()
+    checked = [(sock, _arguments.check_unique(check_socket(sock), fds)) for sock in unique.values()]
+    closings = [Closing(sock, fd, policy) for sock, fd in checked]
+    reports = dict(zip(unique, _close_all(closings, policy, within, over), strict=True))
     return [reports[id(sock)] for sock in wanted]
 
 
@@ -403,7 +406,8 @@ def _close_all(closings: list[Closing], policy: Policy, within: int = -1, spread
             Crowd(alive, end).run()
         else:
             for c in alive:
-                time.sleep(max(0, c.wake_at - time.monotonic_ns()) / 1e9)
+                if spread:
+                    time.sleep(max(0, c.wake_at - time.monotonic_ns()) / 1e9)
                 if end >= 0:
                     # Whole seconds only. Less than one is no linger at all: rounded to 0 it would be a reset.
                     seconds = min(seconds, max(0, end - time.monotonic_ns()) // 1_000_000_000)
