@@ -29,10 +29,10 @@ from connections import (
     PairMaker,
     TcpState,
     fill,
-    fill_and_settle,
     identity,
-    queued_output,
+    lacking,
     still_open,
+    unread_pair,
     wait_for_reset,
 )
 from lingerx import Abort, Background, Drain, Flush, Outcome, Policy, Report, TcpStatus
@@ -155,16 +155,13 @@ class Graceful:
         assert read_to_end(peer) == Ending(len(ANSWER), None)
 
     def test_peer_never_reads_until_the_limit_and_is_left_to_the_kernel(self, closer: Closer, tcp: PairMaker) -> None:
-        ours, peer = tcp(**SMALL_BUFFERS)
-        sent = fill_and_settle(ours, peer)
-        unacked = queued_output(ours)
+        ours, peer, sent = unread_pair(tcp)
         report = closer(ours, Drain(timeout=SHORT))
-        assert facts(report) == (Outcome.TIMED_OUT, 0, unacked, None, None)
+        assert facts(report) == (Outcome.TIMED_OUT, 0, lacking(sent, peer), None, None)
         assert read_to_end(peer) == Ending(sent, None)
 
     def test_peer_never_reads_until_the_limit_and_is_aborted(self, closer: Closer, tcp: PairMaker) -> None:
-        ours, peer = tcp(**SMALL_BUFFERS)
-        sent = fill_and_settle(ours, peer)
+        ours, peer, sent = unread_pair(tcp)
         report = closer(ours, Drain(timeout=SHORT, on_timeout="abort"))
         received, error = read_to_end(peer)
         assert facts(report) == (Outcome.TIMED_OUT, 0, sent - received, None, False)
@@ -199,9 +196,8 @@ class Graceful:
         assert facts(report) == (expected, limit, 0, None, True)
 
     def test_peer_has_reset_before_us(self, closer: Closer, tcp: PairMaker) -> None:
-        ours, peer = tcp(**SMALL_BUFFERS)
-        fill_and_settle(ours, peer)
-        unacked = queued_output(ours)
+        ours, peer, sent = unread_pair(tcp)
+        unacked = lacking(sent, peer)
         reset(peer)
         wait_for_reset(ours)
         report = closer(ours, Drain(timeout=DEADLINE))

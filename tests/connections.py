@@ -52,6 +52,7 @@ class TcpState(enum.IntEnum):
     """The numbers of include/net/tcp_states.h, as TCP_INFO and /proc/net/tcp tell them."""
 
     ESTABLISHED = 1
+    SYN_SENT = 2
     FIN_WAIT1 = 4
     FIN_WAIT2 = 5
     TIME_WAIT = 6
@@ -129,11 +130,18 @@ def fill_and_settle(ours: socket.socket, peer: socket.socket) -> int:
     return sent
 
 
-def unread_pair(tcp: PairMaker) -> tuple[socket.socket, socket.socket, int, int]:
-    """Ours, a peer that never reads, the bytes sent, and those of them that are not ACKed and stay so."""
+def unread_pair(tcp: PairMaker) -> tuple[socket.socket, socket.socket, int]:
+    """Ours, a peer that never reads, and the bytes sent, far more than its kernel takes."""
     ours, peer = tcp(**SMALL_BUFFERS)
-    sent = fill_and_settle(ours, peer)
-    return ours, peer, sent, queued_output(ours)
+    return ours, peer, fill_and_settle(ours, peer)
+
+
+def lacking(sent: int, peer: socket.socket) -> int:
+    """Borrows: how many of the bytes sent to it a peer that never reads has not got, and so not ACKed.
+
+    Ask late: what is left of its window is filled by a probe, 200 ms and more after all else (RFC 9293 3.8.6.1).
+    """
+    return sent - queued_input(peer)
 
 
 # Questions to the kernel ----------------------------------------------------------------------------------

@@ -114,7 +114,7 @@ def flush(**others: int) -> Terms:
 class Machine(Protocol):
     """One closing, as `lingerx._native.Rehearsal` shows it too."""
 
-    def advance(self, seen: int, amount: int, now: int) -> int: ...
+    def advance(self, seen: int, amount: int, now: int, never_sent: int = -1) -> int: ...
 
     def state(self) -> dict[str, int]: ...
 
@@ -126,7 +126,8 @@ class Interpreted:
         self.record = SimpleNamespace()
         machine.begin(self.record, *terms)
 
-    def advance(self, seen: int, amount: int, now: int) -> int:
+    def advance(self, seen: int, amount: int, now: int, never_sent: int = -1) -> int:
+        self.record.never_sent = never_sent
         action: int = machine.advance(self.record, seen, amount, now)
         return action
 
@@ -184,6 +185,13 @@ def _random_amount(choose: Random, event: str, state: dict[str, int]) -> int:
     return ECONNRESET if event in ("RESET", "BROKEN", "GONE") else 0
 
 
+def _random_never_sent(choose: Random, event: str, amount: int, state: dict[str, int]) -> int:
+    # Known at the last look only, and no more than what is queued.
+    if event == "COUNTED" and STATES[state["state"]] == "LEAVING" and amount >= 0:
+        return choose.choice((-1, 0, (amount + 1) // 2, amount))
+    return -1
+
+
 def _random_event(choose: Random, action: str) -> str:
     if choose.random() < 0.1:
         return choose.choice(ANSWERS[action])
@@ -210,7 +218,8 @@ def walk(subject: Machine, choose: Random, now: int, moves: int = 60, nonsense: 
             event = choose.choice(TOLD) if strange else _random_event(choose, action)
         now = _random_time(choose, before, action, now)
         amount = _random_amount(choose, event, before)
-        action = ACTIONS[subject.advance(EVENTS.index(event), amount, now)]
+        never_sent = _random_never_sent(choose, event, amount, before)
+        action = ACTIONS[subject.advance(EVENTS.index(event), amount, now, never_sent)]
         after = subject.state()
         yield Told(before, event, amount, now, action, after)
         if action in ENDS:

@@ -1,9 +1,9 @@
 """The machine's scenarios, as data: what an engine sees, what the machine must answer, what is reported.
 
-A step of a script is `[times x] EVENT [amount] [@time] -> ACTION [field=value ...]`; a newline or `;` ends it. The
-time stays until it is set again and starts at 0; times are ns, and a timeout is 1000 unless the scenario says
-otherwise. A value is a number or names of the machine's constants joined by `|`. No code that plays them may live
-here.
+A step of a script is `[times x] EVENT [amount] [never_sent=bytes] [@time] -> ACTION [field=value ...]`; a newline or
+`;` ends it. The time stays until it is set again and starts at 0; times are ns, and a timeout is 1000 unless the
+scenario says otherwise. What never was sent is unknown unless the step says so. A value is a number or names of the
+machine's constants joined by `|`. No code that plays them may live here.
 """
 
 from __future__ import annotations
@@ -96,6 +96,12 @@ DRAINS = (
         "a_peer_that_closes_first_and_then_resets",
         drain(),
         CONFIRMING + "COUNTED 4000 -> PROBE; RESET 104 -> COUNT; COUNTED 4000 -> CLOSE",
+        Ending("PEER_RESET", "unknown", unacked=3999, error=104),
+    ),
+    Scenario(
+        "a_peer_that_closes_first_and_then_resets_with_bytes_not_sent_yet",
+        drain(),
+        CONFIRMING + "COUNTED 4000 -> PROBE; RESET 104 -> COUNT; COUNTED 4000 never_sent=1500 -> CLOSE lost=1",
         Ending("PEER_RESET", "lost", unacked=3999, error=104),
     ),
     Scenario(
@@ -114,7 +120,37 @@ DRAINS = (
         "a_reset_with_bytes_on_their_way",
         drain(),
         DRAINING + "INPUT 9 -> DISCARD; RESET 104 -> COUNT; COUNTED 11 -> CLOSE",
-        Ending("PEER_RESET", "lost", drained=9, unacked=10, error=104),
+        Ending("PEER_RESET", "unknown", drained=9, unacked=10, error=104),
+    ),
+    Scenario(
+        "a_reset_with_every_byte_on_its_way",
+        drain(),
+        DRAINING + "RESET 104 -> COUNT; COUNTED 11 never_sent=0 -> CLOSE lost=0",
+        Ending("PEER_RESET", "unknown", unacked=10, error=104),
+    ),
+    Scenario(
+        "a_reset_when_only_the_fin_was_never_sent",
+        drain(),
+        DRAINING + "RESET 104 -> COUNT; COUNTED 12 never_sent=1 -> CLOSE lost=0",
+        Ending("PEER_RESET", "unknown", unacked=11, error=104),
+    ),
+    Scenario(
+        "a_reset_with_bytes_not_sent_yet",
+        drain(),
+        DRAINING + "RESET 104 -> COUNT; COUNTED 12 never_sent=5 -> CLOSE lost=1",
+        Ending("PEER_RESET", "lost", unacked=11, error=104),
+    ),
+    Scenario(
+        "a_kernel_that_gives_up_with_bytes_not_sent_yet",
+        drain(),
+        DRAINING + "BROKEN 110 -> COUNT; COUNTED 12 never_sent=5 -> CLOSE lost=1",
+        Ending("FAILED", "lost", unacked=11, error=110),
+    ),
+    Scenario(
+        "a_kernel_that_gives_up_with_every_byte_on_its_way",
+        drain(),
+        DRAINING + "BROKEN 110 -> COUNT; COUNTED 12 never_sent=0 -> CLOSE",
+        Ending("FAILED", "unknown", unacked=11, error=110),
     ),
     Scenario(
         "a_local_peer_that_closed_without_reading",  # AF_UNIX
@@ -195,6 +231,12 @@ FLUSHES = (
         "a_reset_after_a_close_is_seen_by_probing",
         flush(),
         FLUSHING_ON + "COUNTED 8 -> PROBE; RESET 104 -> COUNT; COUNTED 8 -> CLOSE",
+        Ending("PEER_RESET", "unknown", unacked=7, error=104),
+    ),
+    Scenario(
+        "a_reset_of_a_flush_with_bytes_not_sent_yet",
+        flush(),
+        FLUSHING + "RESET 104 -> COUNT; COUNTED 8 never_sent=3 -> CLOSE",
         Ending("PEER_RESET", "lost", unacked=7, error=104),
     ),
     Scenario(
@@ -318,7 +360,13 @@ PARTINGS = (
     Scenario(
         "somebody_read_the_reset_before_us",
         flush(),
-        PARTED + "FIN -> COUNT; COUNTED 12 -> CLOSE lost=1",
+        PARTED + "FIN -> COUNT; COUNTED 12 -> CLOSE broken=1 lost=0",
+        Ending("PEER_RESET", "unknown", unacked=12),
+    ),
+    Scenario(
+        "somebody_read_the_reset_before_us_with_bytes_not_sent_yet",
+        flush(),
+        PARTED + "FIN -> COUNT; COUNTED 12 never_sent=5 -> CLOSE broken=1 lost=1",
         Ending("PEER_RESET", "lost", unacked=12),
     ),
     Scenario(
@@ -331,7 +379,7 @@ PARTINGS = (
         "the_reset_shows_after_the_last_input",
         drain(),
         PARTED + "INPUT 7 -> DISCARD; RESET 104 -> COUNT; COUNTED 3 -> CLOSE",
-        Ending("PEER_RESET", "lost", drained=7, unacked=3, error=104),
+        Ending("PEER_RESET", "unknown", drained=7, unacked=3, error=104),
     ),
     Scenario(
         "much_input_of_a_lost_connection_takes_turns",
@@ -355,6 +403,6 @@ PARTINGS = (
         "the_number_is_gone_at_the_last_look",
         drain(),
         LEAVING + "GONE 9 -> FORGET",
-        Ending("ALREADY_CLOSED", "lost", unacked=-1, error=9),
+        Ending("ALREADY_CLOSED", "unknown", unacked=-1, error=9),
     ),
 )

@@ -22,6 +22,12 @@ TIMES = (
         Ending("TIMED_OUT", "unknown", unacked=5),
     ),
     Scenario(
+        "what_never_was_sent_is_left_to_the_kernel_at_the_deadline",
+        drain(),
+        DRAINING + "EMPTY @1000 -> COUNT; COUNTED 12 never_sent=5 -> CLOSE lost=0",
+        Ending("TIMED_OUT", "unknown", unacked=11),
+    ),
+    Scenario(
         "a_late_start_of_the_clock",
         drain(now=500),
         DRAINING
@@ -182,6 +188,24 @@ NO_WAIT = (
         DRAINING + f"INPUT {MIB} -> DISCARD; INPUT {MIB} -> COUNT; COUNTED 0 -> CLOSE",
         Ending("TIMED_OUT", "delivered", drained=2 * MIB),
     ),
+    Scenario(
+        "no_time_and_a_flood_but_everything_acked",
+        flush(timeout=0),
+        FLUSHING + f"INPUT {MIB} -> DISCARD; INPUT {MIB} -> COUNT state=FLUSHING; COUNTED 0 -> CLOSE",
+        Ending("ACKED", "delivered", drained=2 * MIB),
+    ),
+    Scenario(
+        "no_time_and_a_flood_before_the_ack",
+        flush(timeout=0),
+        FLUSHING
+        + f"""
+        INPUT {MIB} -> DISCARD
+        INPUT {MIB} -> COUNT state=FLUSHING
+        COUNTED 9 -> COUNT state=LEAVING
+        COUNTED 9 -> CLOSE
+        """,
+        Ending("TIMED_OUT", "unknown", drained=2 * MIB, unacked=8),
+    ),
 )
 
 BYTES = (
@@ -247,25 +271,61 @@ SHARP = (
         "abort_at_the_deadline",
         drain(abort=1),
         DRAINING + "EMPTY @1000 -> COUNT; COUNTED 9 -> CLOSE_ABORT",
-        Ending("TIMED_OUT", "lost", unacked=8),
+        Ending("TIMED_OUT", "unknown", unacked=8),
     ),
     Scenario(
         "abort_when_idle",
         drain(abort=1, idle=10),
         DRAINING + "EMPTY @10 -> COUNT; COUNTED 9 -> CLOSE_ABORT",
-        Ending("IDLE", "lost", unacked=8),
+        Ending("IDLE", "unknown", unacked=8),
     ),
     Scenario(
         "abort_at_the_byte_limit",
         drain(abort=1, max_bytes=0),
         DRAINING + "INPUT 1 -> COUNT; COUNTED 9 -> CLOSE_ABORT",
-        Ending("BYTE_LIMIT", "lost", unacked=8),
+        Ending("BYTE_LIMIT", "unknown", unacked=8),
     ),
     Scenario(
         "abort_when_shed",
         flush(abort=1),
         FLUSHING + "EMPTY -> COUNT; COUNTED 9 -> WAIT; SHEDDING -> COUNT; COUNTED 9 -> CLOSE_ABORT",
-        Ending("SHED", "lost", unacked=8),
+        Ending("SHED", "unknown", unacked=8),
+    ),
+    Scenario(
+        "an_abort_of_bytes_not_sent_yet",
+        drain(abort=1),
+        DRAINING + "EMPTY @1000 -> COUNT; COUNTED 12 never_sent=5 -> CLOSE_ABORT lost=1",
+        Ending("TIMED_OUT", "lost", unacked=11),
+    ),
+    Scenario(
+        "an_abort_of_a_flush_with_bytes_not_sent_yet",
+        flush(abort=1),
+        FLUSHING + "EMPTY @1000 -> COUNT; COUNTED 12 -> COUNT; COUNTED 12 never_sent=5 -> CLOSE_ABORT lost=1",
+        Ending("TIMED_OUT", "lost", unacked=11),
+    ),
+    Scenario(
+        "an_abort_with_every_byte_on_its_way",
+        drain(abort=1),
+        DRAINING + "EMPTY @1000 -> COUNT; COUNTED 12 never_sent=0 -> CLOSE_ABORT lost=0",
+        Ending("TIMED_OUT", "unknown", unacked=11),
+    ),
+    Scenario(
+        "an_abort_when_only_our_fin_is_not_sent_yet",
+        drain(abort=1),
+        DRAINING + "EMPTY @1000 -> COUNT; COUNTED 1 never_sent=1 -> CLOSE_ABORT",
+        Ending("TIMED_OUT", "delivered"),
+    ),
+    Scenario(
+        "an_abort_takes_nothing_from_a_local_peer",
+        drain(abort=1, local=1),
+        DRAINING + "EMPTY @1000 -> COUNT; COUNTED 0 -> CLOSE_ABORT",
+        Ending("TIMED_OUT", "delivered"),
+    ),
+    Scenario(
+        "an_abort_of_bytes_that_are_unsent",
+        drain(abort=1, unsent=5),
+        "BEGUN -> SEND; NO_ROOM -> DISCARD; EMPTY @1000 -> COUNT; COUNTED 0 never_sent=0 -> CLOSE_ABORT lost=1",
+        Ending("TIMED_OUT", "lost", unacked=5),
     ),
     Scenario(
         "no_abort_of_a_flush_that_was_acked_when_shed",
@@ -289,7 +349,7 @@ SHARP = (
         "no_abort_of_what_the_peer_reset",
         drain(abort=1),
         DRAINING + "RESET 104 -> COUNT; COUNTED 9 -> CLOSE",
-        Ending("PEER_RESET", "lost", unacked=8, error=104),
+        Ending("PEER_RESET", "unknown", unacked=8, error=104),
     ),
     Scenario(
         "no_abort_of_a_flush_acked_at_the_last_moment",

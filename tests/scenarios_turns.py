@@ -11,6 +11,9 @@ from scenarios import CONFIRMING, DRAINING, FLUSHING, MIB, Ending, Scenario
 SECOND = 10**9
 MINUTE = 60 * SECOND
 
+FLUSHED = FLUSHING + f"INPUT {MIB} -> DISCARD; INPUT {MIB} -> COUNT state=FLUSHING\n"
+"""A turn used up by input, after which there is still the look for the ACK."""
+
 TURNS = (
     Scenario(
         "a_flooding_peer_takes_turns",
@@ -76,6 +79,62 @@ TURNS = (
         COUNTED 0 -> CLOSE
         """,
         Ending("PEER_CLOSED", "delivered", drained=2 * MIB),
+    ),
+    Scenario(
+        "a_flooded_flush_sees_its_ack",
+        flush(),
+        FLUSHED + "COUNTED 0 -> CLOSE",
+        Ending("ACKED", "delivered", drained=2 * MIB),
+    ),
+    Scenario(
+        "a_flooded_flush_takes_turns_until_its_ack",
+        flush(),
+        FLUSHED
+        + f"""
+        COUNTED 9 @5 -> YIELD state=FLUSHING unacked=8
+        WOKEN @6 -> DISCARD
+        63 x INPUT 1 -> DISCARD
+        INPUT 1 -> COUNT
+        COUNTED 1 -> YIELD unacked=0
+        WOKEN @7 -> DISCARD
+        INPUT {MIB} -> DISCARD
+        INPUT {MIB} -> COUNT
+        COUNTED 0 -> CLOSE
+        """,
+        Ending("ACKED", "delivered", drained=4 * MIB + 64),
+    ),
+    Scenario(
+        "a_flood_that_stops_is_waited_for_again",
+        flush(),
+        FLUSHED
+        + """
+        COUNTED 9 @5 -> YIELD patience=RARELY
+        WOKEN @6 -> DISCARD
+        EMPTY -> COUNT
+        COUNTED 9 -> WAIT wants=FOR_INPUT|FOR_ACK wake_at=1000
+        WOKEN @7 -> DISCARD
+        FIN -> COUNT
+        COUNTED 0 -> CLOSE
+        """,
+        Ending("ACKED", "delivered", drained=2 * MIB),
+    ),
+    Scenario(
+        "a_flooded_flush_at_its_deadline",
+        flush(),
+        FLUSHED + "COUNTED 9 @1000 -> COUNT state=LEAVING; COUNTED 9 -> CLOSE",
+        Ending("TIMED_OUT", "unknown", drained=2 * MIB, unacked=8),
+    ),
+    Scenario(
+        "a_flooded_flush_is_shed",
+        flush(),
+        FLUSHED + "COUNTED 9 @999 -> YIELD; SHEDDING -> COUNT; COUNTED 9 -> CLOSE",
+        Ending("SHED", "unknown", drained=2 * MIB, unacked=8),
+    ),
+    Scenario(
+        "a_flooded_flush_where_nobody_can_count",
+        flush(),
+        FLUSHED + "COUNTED -1 @999 -> YIELD; WOKEN @1000 -> DISCARD; FIN -> COUNT; COUNTED -1 -> CLOSE",
+        Ending("PEER_CLOSED", "unknown", drained=2 * MIB, unacked=-1),
     ),
 )
 

@@ -45,6 +45,7 @@ class Watch:
     def __init__(self) -> None:
         self.discards = 0
         self.missing = 0  # data bytes that the last count found queued
+        self.broken = False  # the engine told so
 
     def check(self, told: Told) -> None:
         after = told.after
@@ -53,12 +54,14 @@ class Watch:
         if told.event == "COUNTED":
             only_the_fin = told.before["fin_queued"] and told.amount > 0
             self.missing = told.amount - 1 if only_the_fin else max(0, told.amount)
+        self.broken = self.broken or told.event in ("RESET", "BROKEN")
         self.check_amounts(told)
         if told.action == "DISCARD":
             self.discards += 1
             assert self.discards <= MOST_DISCARDS, "a turn without end"
         elif told.action == "WAIT":
             assert after["wants"] != 0, "nothing to wait for"
+            assert after["budget"] > 0, "there may be more to read"
             assert told.now < after["wake_at"] <= after["deadline"]
             if after["idle"] >= 0:
                 assert after["wake_at"] <= after["heard"] + after["idle"]
@@ -90,11 +93,27 @@ class Watch:
             assert report.delivered is not False
         if report.outcome is Outcome.ACKED:
             assert report.delivered is True
+        if told.event != "GONE":
+            self.check_lost(told, report.outcome)
+        else:
+            assert after["lost"] == (after["unsent"] > 0)
         if told.action == "CLOSE_ABORT":
             assert after["abort"]
         if told.action == "CLOSE_SHORT":
             assert after["short"]
             assert report.outcome is Outcome.ACKED
+
+    def check_lost(self, told: Told, outcome: Outcome) -> None:
+        after = told.after
+        broken = self.broken or outcome is Outcome.PEER_RESET
+        ruined = broken or told.action == "CLOSE_ABORT"
+        unread = after["local"] and broken
+        if after["lost"]:
+            assert after["unsent"] > 0 or unread or (ruined and after["never_sent"] > 0), "what is in flight may arrive"
+        else:
+            assert after["unsent"] <= 0
+            assert not unread
+            assert not ruined or after["never_sent"] <= 1  # it may be the FIN
 
 
 def _compiled(*terms: int) -> Machine:
@@ -157,9 +176,9 @@ class Pair:
         self.compiled = _compiled(*terms)
         self.interpreted = Interpreted(*terms)
 
-    def advance(self, seen: int, amount: int, now: int) -> int:
-        action = self.interpreted.advance(seen, amount, now)
-        assert ACTIONS[self.compiled.advance(seen, amount, now)] == ACTIONS[action]
+    def advance(self, seen: int, amount: int, now: int, never_sent: int = -1) -> int:
+        action = self.interpreted.advance(seen, amount, now, never_sent)
+        assert ACTIONS[self.compiled.advance(seen, amount, now, never_sent)] == ACTIONS[action]
         return action
 
     def state(self) -> dict[str, int]:

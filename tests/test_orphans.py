@@ -59,7 +59,7 @@ def test_kernel_linger_blocks_until_the_peer_has_read_and_knows_no_more(engine: 
 
 
 def test_abort_is_the_same_as_close_by_abort(engine: Engine, tcp: PairMaker) -> None:
-    ours, peer, sent, _ = unread_pair(tcp)
+    ours, peer, sent = unread_pair(tcp)
     report = engine.abort(ours)
     assert report.outcome is Outcome.ABORTED
     assert report.delivered is not True
@@ -101,7 +101,7 @@ def test_flush_leaves_the_usual_wait_behind_when_nobody_asked_for_less(engine: E
     ids=["background", "drain", "flush"],
 )
 def test_user_timeout_ends_what_is_left_to_the_kernel(engine: Engine, policy: Policy, tcp: PairMaker) -> None:
-    ours, _, _, _ = unread_pair(tcp)
+    ours, _, _ = unread_pair(tcp)
     side = Connection.of(ours)
     engine.close(ours, policy)
     assert side.state() is TcpState.FIN_WAIT1
@@ -110,7 +110,7 @@ def test_user_timeout_ends_what_is_left_to_the_kernel(engine: Engine, policy: Po
 
 @pytest.mark.slow  # proves that something lasts: the same 0.2 s and more that the test above needs
 def test_without_user_timeout_the_kernel_goes_on(engine: Engine, tcp: PairMaker) -> None:
-    (plain, _, _, _), (timed, _, _, _) = unread_pair(tcp), unread_pair(tcp)
+    (plain, _, _), (timed, _, _) = unread_pair(tcp), unread_pair(tcp)
     plain_side, timed_side = Connection.of(plain), Connection.of(timed)
     engine.close(plain, Background())
     engine.close(timed, Background(user_timeout=0.1))

@@ -170,6 +170,12 @@ def test_a_timeout_that_is_no_length_of_time(value: float) -> None:
             kind(value)
 
 
+def test_a_timeout_that_no_float_can_hold() -> None:
+    for kind in (Drain, Flush):
+        with pytest.raises(ValueError, match="timeout is a number of seconds from 0 to 1000000000; got"):
+            kind(10**400)
+
+
 @pytest.mark.parametrize("value", NO_NUMBERS[1:], ids=repr)
 def test_other_times_that_are_no_numbers(value: Any) -> None:
     with pytest.raises(TypeError, match=r"idle_timeout is a number of seconds, .* or None for no idle limit; got"):

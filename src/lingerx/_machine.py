@@ -53,7 +53,7 @@ EVENTS = 21
 SEND = 0
 HALF_CLOSE = 1
 DISCARD = 2  # at most `want` bytes; when `want` is 0, look whether there is any input and leave it there
-COUNT = 3  # the send queue; when the state is LEAVING, `never_sent` too: bytes of it that were never sent, or -1
+COUNT = 3  # the send queue; in LEAVING also `never_sent`: bytes of it that were never sent, our FIN included, or -1
 PROBE = 4  # SO_ERROR; only after the peer's FIN, for reading it clears it and recv could not tell a reset any more
 WAIT = 5  # for what `wants` says, until `wake_at`
 YIELD = 6  # the turn is over: let others have theirs, then tell WOKEN
@@ -350,7 +350,7 @@ def _ending(c):
     aborts = TIMED_OUT <= c.outcome <= SHED and c.abort
     # What is in flight when a connection breaks may have arrived: only what was never sent is known to be lost.
     # (A local peer's reset says that something was not read.)
-    if c.unsent > 0 or ((c.broken or aborts) and (c.never_sent > 0 or (c.local and c.broken))):
+    if c.unsent > 0 or ((c.broken or aborts) and (c.never_sent > c.fin_queued or (c.local and c.broken))):
         c.lost = 1
     if aborts:
         return CLOSE_ABORT

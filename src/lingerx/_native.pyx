@@ -492,8 +492,9 @@ def tcp_status(sock):
         queue = lx_send_queue(fd)
         never_sent = lx_never_sent(fd)
         if queue > 0 and (state == LX_FIN_WAIT1 or state == LX_LAST_ACK or state == LX_CLOSING):
-            queue -= 1  # the FIN
-            never_sent = min(queue, never_sent)
+            queue -= 1  # the FIN, the last of the queue
+            if never_sent > 0:
+                never_sent -= 1
     return TcpStatus(_STATE_NAMES[state], known(never_sent), known(queue), known(lx_unread(fd)))
 
 
@@ -509,7 +510,8 @@ cdef class Rehearsal:
                   long long unsent, bint local, bint polled, long long now):
         m.begin(&self.c, goal, timeout, idle, max_bytes, abort, short, unsent, local, polled, now)
 
-    def advance(self, int seen, long long amount, long long now):
+    def advance(self, int seen, long long amount, long long now, int never_sent=-1):
+        self.c.never_sent = never_sent
         return m.advance(&self.c, seen, amount, now)
 
     def state(self):

@@ -103,8 +103,9 @@ def tcp_status(sock: socket.socket) -> TcpStatus:
         unacked = send_queue(sock, fin)
         unsent = never_sent(sock)
         if fin and unacked > 0:
-            unacked -= 1
-            unsent = min(unsent, unacked)
+            unacked -= 1  # the FIN, the last of the queue
+            if unsent > 0:
+                unsent -= 1
     unread = -1
     if sys.platform != "win32":
         unread = _ioctl(sock, termios.FIONREAD)
