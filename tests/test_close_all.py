@@ -128,7 +128,7 @@ def test_one_deadline_for_two_hundred_sockets_half_of_them_silent(
     took = time.perf_counter() - started
     assert [report.outcome for report in reports] == expected
     assert all(report.elapsed >= 0.2 for report in reports[::2])
-    assert 0.2 <= took < 0.2 + 0.05
+    assert 0.2 <= took < 0.2 + 0.1
     assert not any(map(still_open, known))
     assert {sock.fileno() for sock in socks} == {-1}
 
