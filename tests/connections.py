@@ -63,12 +63,15 @@ class TcpState(enum.IntEnum):
     CLOSING = 11
 
 
-def wait_until(condition: Callable[[], bool], deadline: float = DEADLINE) -> None:
-    """Return as soon as `condition()` holds; AssertionError when it does not within `deadline` seconds."""
+def wait_until(condition: Callable[[], bool], deadline: float = DEADLINE, poll: float = 0.0005) -> None:
+    """Return as soon as `condition()` holds; AssertionError when it does not within `deadline` seconds.
+
+    poll: seconds between two looks.
+    """
     give_up = time.monotonic() + deadline
     while not condition():
         assert time.monotonic() < give_up, f"not so within {deadline} s"
-        time.sleep(0.0005)
+        time.sleep(poll)
 
 
 # Connections ----------------------------------------------------------------------------------------------

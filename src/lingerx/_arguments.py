@@ -27,6 +27,7 @@ __all__ = [
     "check_socket",
     "check_spread",
     "check_timeout",
+    "check_many",
     "check_unique",
 ]
 
@@ -56,6 +57,23 @@ def check_socket(sock: object) -> int:
         raise ValueError(f"fd {fd} is a standard stream; pass sock.dup() if it really is the connection to close")
     _check_not_listening(sock)
     return fd
+
+
+def check_count(name: str, value: object, least: int = 1) -> int:
+    """A whole number of `least` or more. Raises TypeError or ValueError."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} is a whole number; got {value!r}")
+    if not least <= value < 2**31:
+        raise ValueError(f"{name} is a whole number from {least} to 2147483647; got {value!r}")
+    return value
+
+
+def check_many(socks: object) -> list[Any]:
+    """A list of what an iterable of sockets holds. Raises TypeError when it is none."""
+    try:
+        return list(socks)  # type: ignore[call-overload, no-any-return]
+    except TypeError:
+        raise TypeError(f"socks is an iterable of sockets, such as [sock]; got {socks!r}") from None
 
 
 def check_unique(fd: int, seen: set[int]) -> int:
@@ -143,7 +161,7 @@ def check_linger(seconds: object) -> int:
         raise TypeError(f"seconds is a whole number: below 0 off, 0 reset, above 0 seconds; got {seconds!r}")
     if seconds > LONGEST_KERNEL_LINGER:
         raise ValueError(f"SO_LINGER carries at most {LONGEST_KERNEL_LINGER} seconds on every system; got {seconds}")
-    return int(seconds)
+    return max(int(seconds), -1)
 
 
 def check_data(data: Buffer) -> memoryview:

@@ -269,6 +269,7 @@ def advance(c, seen, amount, now):
         c.broken = 1
     elif seen == GONE:
         c.error = amount
+        c.unacked = -1  # whatever was counted was somebody else's
         c.lost = c.unsent > 0
 
     state = c.state
@@ -301,7 +302,7 @@ def _weigh(c, queue):
     data = queue - 1 if c.fin_queued and queue > 0 else queue
     c.unacked = data + c.unsent
     c.queue_empty = queue == 0
-    if c.state == PARTED or c.state == LEAVING:
+    if c.state == LEAVING:
         if c.outcome == NOT_CONNECTED and c.unacked > 0:
             # The connection is over and bytes were left: it was reset, and somebody read the error before us.
             c.outcome = PEER_RESET

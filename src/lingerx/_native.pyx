@@ -17,9 +17,10 @@ cimport cython
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AS_STRING
 from cpython.exc cimport PyErr_CheckSignals
+from cpython.ref cimport Py_INCREF
 from libc.errno cimport EAGAIN, EBADF, ECONNABORTED, ECONNRESET, EINTR, EINVAL, ENOTCONN, ENOTSOCK, EPIPE, errno
-from libc.stdlib cimport free, malloc
-from libc.string cimport memcpy
+from libc.stdlib cimport free, malloc, realloc
+from libc.string cimport memcpy, memset
 
 from lingerx cimport _machine_c as m
 from lingerx.report cimport Report
@@ -27,6 +28,7 @@ from lingerx.report cimport Report
 import _socket
 import os
 import socket
+import threading
 
 from lingerx import _arguments, _offers, _ownership, _tls
 from lingerx._status import STATES as _STATE_NAMES, TcpStatus
@@ -49,7 +51,7 @@ cdef extern from "_platform.h" nogil:
     long long lx_now()
     int lx_kind_of_family(int family)
     int lx_family(int fd)
-    ssize_t lx_discard(int fd, size_t most, int *by_copy)
+    ssize_t lx_discard(int fd, size_t most, bint tcp)
     bint lx_listening(int fd)
     int lx_tcp_state(int fd)
     int lx_never_heard(int fd)
@@ -62,15 +64,20 @@ cdef extern from "_platform.h" nogil:
     void lx_no_time_wait(int fd)
     int lx_option(int fd, int option, int *value)
     int lx_poll(pollfd *fds, int n, long long ns)
+    int lx_wake_open(int *fds)
+    void lx_wake(int fd)
+    void lx_wake_seen(int fd)
+    void lx_wake_close(int *fds)
     int lx_edge_open()
     int lx_edge_add(int waiter, int fd, unsigned int place)
     int lx_edge_wait(int waiter, unsigned int *places, int most, long long ns)
 
 cdef extern from "Python.h":
     bint PyType_IsSubtype(object a, object b)
+    ctypedef struct PyObject
+    void Py_XDECREF(PyObject *o)
 
 cdef extern from "_fields.h":
-    ctypedef struct PyObject
     Py_ssize_t lx_offset_of_int(object descriptor)
     Py_ssize_t lx_offset_of_slot(object descriptor)
     PyObject *lx_slot_at(object policy, Py_ssize_t offset)
@@ -78,6 +85,7 @@ cdef extern from "_fields.h":
     object lx_call(object method, object sock)
 
 
+cdef long long LONG_TIME = 3600000000000  # ns: for a wait that has nothing to wait for but the waker
 cdef enum:  # the kinds of policy.py
     KIND_BACKGROUND, KIND_ABORT, KIND_KERNEL_LINGER, KIND_FLUSH, KIND_DRAIN
 
@@ -142,6 +150,13 @@ cdef struct Waiter:
     bint stuck            # poll(2) reported an error that recv(2) did not find
 
 
+cdef void drop_edges(int *edges) noexcept nogil:
+    # An epoll descriptor that fails. When it is not ours any more, its number may be somebody else's file by now.
+    if errno != EBADF:
+        c_close(edges[0])
+    edges[0] = -1
+
+
 cdef void without_edges(Entry *e, long long now) noexcept nogil:
     # No epoll for this one: look at the queue from time to time.
     e.c.polled = True
@@ -170,7 +185,13 @@ cdef int wait_for_one(Entry *e, Waiter *w) noexcept nogil:
     ns = max(0, e.c.wake_at - lx_now())
     if by_edge and w.edges >= 0:
         n = lx_edge_wait(w.edges, &place, 1, ns)
+        if n < 0 and errno != EINTR:
+            drop_edges(&w.edges)
+            without_edges(e, lx_now())
+            return 0
     else:
+        if w.stuck:
+            ns = min(ns, m.OFTEN_MOST)
         # Without anything to watch poll(2) would still report a hang-up, at once and for ever.
         p.fd = e.fd
         p.events = events_for(e)
@@ -182,30 +203,36 @@ cdef int wait_for_one(Entry *e, Waiter *w) noexcept nogil:
     return EINTR if n < 0 and errno == EINTR else 0
 
 
+cdef bint signals_come_here() except -1:
+    # Python's signal handlers run in the main thread only (signal): nobody else need ask for them.
+    return threading.get_ident() == threading.main_thread().ident
+
+
 cdef Report close_one(int fd, int family, const Terms *t, const char *rest, long long unsent, long long started):
     # Owns fd; not when it returns None: the socket is listening, and was not touched.
     cdef Entry e
     cdef Waiter w
     cdef int action
+    cdef bint checks
     cdef bint interrupted = False
     w.edges = -1
     w.stuck = False
     open_entry(&e, fd, family, t, rest, unsent, False, started)
-    action = turn(&e, m.BEGUN, started)
+    action = turn(&e, m.BEGUN, 0, started)
     if action >= m.CLOSE:
         return report_of(&e, lx_now()) if e.fd < 0 else None
     try:
+        checks = signals_come_here()
         while action < m.CLOSE:
-            with nogil:
-                if action == m.YIELD:
-                    action = turn(&e, m.WOKEN, lx_now())
-                interrupted = False
-                while action == m.WAIT and not interrupted:
-                    interrupted = wait_for_one(&e, &w) == EINTR
-                    if not interrupted:
-                        action = turn(&e, m.WOKEN, lx_now())
-            if action < m.CLOSE:
+            if checks:
                 PyErr_CheckSignals()
+            with nogil:
+                while action < m.CLOSE:
+                    interrupted = action == m.WAIT and wait_for_one(&e, &w) == EINTR
+                    if not interrupted:
+                        action = turn(&e, m.WOKEN, 0, lx_now())
+                    if checks:
+                        break  # a signal that came outside of the wait has only left a note
     finally:
         if w.edges >= 0:
             c_close(w.edges)
@@ -240,9 +267,16 @@ cdef int family_of(object sock) except -1:
     return lx_kind_of_family(sock.family)
 
 
-cdef int take(object sock) except -2:
-    # The fd is ours from here on; -1 when somebody else was quicker.
-    return lx_call(raw_detach, sock) if type(sock) is Socket else _ownership.take(sock)
+cdef int take(object sock, int fd) except -2:
+    # The fd is ours from here on; -1 when somebody else was quicker. `fd`: as `check` saw it.
+    if type(sock) is Socket:
+        return lx_call(raw_detach, sock)
+    try:
+        return _ownership.take(sock)
+    except BaseException:
+        if fd >= 0 and sock.fileno() < 0:  # a signal handler raised when it had changed hands
+            _ownership.drop(fd)
+        raise
 
 
 # Reports that never differ need not be made again: a Report is a value.
@@ -304,7 +338,7 @@ def close(sock, policy=None):
     if type(sock) is not Socket and t.kind != KIND_ABORT and fd >= 0:
         started = lx_now()
         goodbye(sock)
-    fd = take(sock)
+    fd = take(sock, fd)
     return close_by_terms(fd, family, &t, started) or give_back(sock, fd)
 
 
@@ -320,8 +354,7 @@ def abort(sock):
     cdef Terms t
     t.kind = KIND_ABORT
     t.user_timeout = -1
-    check(sock)
-    return close_by_terms(take(sock), LX_OTHER, &t, 0)
+    return close_by_terms(take(sock, check(sock)), LX_OTHER, &t, 0)
 
 
 def send_and_close(sock, data, policy=None):
@@ -341,7 +374,7 @@ def send_and_close(sock, data, policy=None):
         return _tls.send_and_close(sock, memoryview(data), policy, close)
     PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
     try:
-        fd = take(sock)
+        fd = take(sock, fd)
         if fd < 0:
             return make_report(m.ALREADY_CLOSED, 0, view.len, 0, 0, view.len > 0)
         return (close_one(fd, family, &t, <const char *> view.buf + view.len, view.len, lx_now())
@@ -353,9 +386,10 @@ def send_and_close(sock, data, policy=None):
 def close_all(socks, policy=None, *, timeout=None, spread=0.0):
     cdef Terms t
     cdef Crowd w
-    cdef long long within, spread_ns, started
+    cdef long long within, spread_ns, started, began
     cdef int i, n
     cdef list unique = []
+    cdef list numbers = []
     cdef list families = []
     cdef list places = []
     cdef dict place_of = {}
@@ -363,9 +397,9 @@ def close_all(socks, policy=None, *, timeout=None, spread=0.0):
     read_terms(DRAIN if policy is None else policy, &t)
     within = _arguments.check_timeout("timeout", timeout)
     spread_ns = _arguments.check_spread(spread)
-    for sock in list(socks):
+    for sock in _arguments.check_many(socks):
         if id(sock) not in place_of:
-            _arguments.check_unique(check(sock), fds)
+            numbers.append(_arguments.check_unique(check(sock), fds))
             place_of[id(sock)] = len(unique)
             unique.append(sock)
             families.append(family_of(sock))
@@ -374,16 +408,25 @@ def close_all(socks, policy=None, *, timeout=None, spread=0.0):
     if n == 0:
         return []
     started = lx_now()
+    open_crowd(&w)
     try:
-        if not open_crowd(&w, n):
+        if not grow_crowd(&w, n, False):
             raise MemoryError(f"no memory to close {n} sockets at once; none was touched")
+        try:
+            for i in range(n):
+                if t.kind != KIND_ABORT and (within < 0 or lx_now() - started < within):
+                    goodbye(unique[i])
+                open_entry(&w.entries[i], take(unique[i], numbers[i]), families[i], &t, NULL, 0, False, started)
+        except BaseException:
+            for sock in unique:  # those that were not taken yet; the others have no fd any more
+                _ownership.drop(_ownership.take(sock))
+            raise
+        began = lx_now()  # taking them may have taken a while (TLS), and each has its own time-out
         for i in range(n):
-            if t.kind != KIND_ABORT and (within < 0 or lx_now() - started < within):
-                goodbye(unique[i])
-            admit(&w, i, take(unique[i]), families[i], &t, started, within, spread_ns)
+            schedule(&w, i, &t, began, started + within if within >= 0 else -1, spread_ns)
         if t.kind == KIND_DRAIN or t.kind == KIND_FLUSH:
             run_crowd(&w, spread_ns > 0)
-            reports = [report_of(&w.entries[i], w.at[i]) for i in range(n)]
+            reports = [report_of(&w.entries[i], w.entries[i].c.wake_at) for i in range(n)]
         else:
             reports = close_in_turn(&w, &t, started, within)
     finally:
@@ -391,37 +434,40 @@ def close_all(socks, policy=None, *, timeout=None, spread=0.0):
     return [reports[i] for i in places]
 
 
-cdef void admit(Crowd *w, int i, int fd, int family, const Terms *t, long long started, long long within,
-                long long spread) noexcept:
-    # Owns fd.
+cdef void schedule(Crowd *w, int i, const Terms *t, long long began, long long end, long long spread) noexcept:
+    # Begin entry i, whose fd stands there, in its turn; `end` of all of them, or -1.
+    cdef Entry *e = &w.entries[i]
     cdef Terms mine = t[0]
-    cdef long long start = started + spread // w.size * i
-    if within >= 0:
-        start = min(start, started + within)
-        mine.timeout = min(mine.timeout, started + within - start)
-    open_entry(&w.entries[i], fd, family, &mine, NULL, 0, w.edges < 0, start)
-    w.at[i] = start
-    if fd < 0:
-        w.entries[i].c.outcome = m.ALREADY_CLOSED
-        w.alive -= 1
-    elif spread > 0:
-        heap_set(w, i, start)
+    cdef long long start = began + spread // w.size * i
+    if end >= 0:
+        start = min(start, end)
+        mine.timeout = min(mine.timeout, end - start)
+    open_entry(e, e.fd, e.family, &mine, NULL, 0, w.edges < 0, start)
+    e.c.wake_at = start
+    if e.fd < 0:
+        e.c.outcome = m.ALREADY_CLOSED
+        return
+    w.alive += 1
+    if spread > 0:
+        heap_set(w, i)
 
 
 cdef int run_crowd(Crowd *w, bint spread) except -1:
     cdef int i
-    cdef bint interrupted
+    cdef bint checks = signals_come_here()
     with nogil:
         if not spread:
             for i in range(w.size):
                 if w.entries[i].fd >= 0:
-                    crowd_turn(w, i, m.BEGUN)
+                    crowd_turn(w, i, m.BEGUN, 0)
     while w.alive > 0:
+        if checks:
+            PyErr_CheckSignals()
         with nogil:
-            interrupted = crowd_round(w) == EINTR
-            while w.alive > 0 and w.ready_size == 0 and not interrupted:
-                interrupted = crowd_round(w) == EINTR
-        PyErr_CheckSignals()
+            while w.alive > 0:
+                crowd_round(w)
+                if checks:
+                    break
     return 0
 
 
@@ -432,7 +478,7 @@ cdef list close_in_turn(Crowd *w, const Terms *t, long long started, long long w
     cdef int fd, i
     cdef list reports = []
     for i in range(w.size):
-        sleep_until(w.at[i])
+        sleep_until(w.entries[i].c.wake_at)
         if t.kind == KIND_KERNEL_LINGER and within >= 0:
             # Whole seconds only. Less than one is no linger at all: rounded to 0 it would be a reset.
             left = max(0, started + within - lx_now())
@@ -453,26 +499,30 @@ cdef int sleep_until(long long at) except -1:
     return 0
 
 
+cdef int system_error(int error) except -1:
+    raise OSError(error, os.strerror(error))
+
+
 cdef int borrow(object sock) except -1:
     # Borrows: the fd of a socket object, listening or not, that is only asked or set.
     if not isinstance(sock, Socket):
         _arguments.check_socket(sock)
     cdef int fd = sock.fileno()
     if fd < 0:
-        raise OSError(EBADF, os.strerror(EBADF))
+        system_error(EBADF)
     return fd
 
 
 def set_linger(sock, seconds):
     cdef int value = _arguments.check_linger(seconds)
     if lx_linger(borrow(sock), value >= 0, max(value, 0)) != 0:
-        raise OSError(errno, os.strerror(errno))
+        system_error(errno)
 
 
 def get_linger(sock):
     cdef int value = lx_get_linger(borrow(sock))
     if value == -2:
-        raise OSError(errno, os.strerror(errno))
+        system_error(errno)
     return value
 
 
@@ -486,7 +536,7 @@ def tcp_status(sock):
     cdef int state = 0
     cdef long long queue = -1, never_sent = -1
     if family < 0:
-        raise OSError(errno, os.strerror(errno))
+        system_error(errno)
     if lx_kind_of_family(family) == LX_TCP:
         state = lx_tcp_state(fd)
         queue = lx_send_queue(fd)
@@ -496,6 +546,9 @@ def tcp_status(sock):
             if never_sent > 0:
                 never_sent -= 1
     return TcpStatus(_STATE_NAMES[state], known(never_sent), known(queue), known(lx_unread(fd)))
+
+
+include "_native_closer.pxi"
 
 
 # For the tests --------------------------------------------------------------------------------------------

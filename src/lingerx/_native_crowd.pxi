@@ -6,39 +6,60 @@
 
 cdef struct Crowd:
     Entry *entries
-    int size
+    int size              # how many entries there is room for; those without an fd (below 0) are free or closed
     int alive             # entries that are not closed yet
     int edges             # the epoll descriptor, or -1: poll(2) over all of them
-    pollfd *fds           # for poll(2)
+    int waker             # readable when somebody wants us to look up, or -1
+    pollfd *fds           # for poll(2): one for each entry, and the waker's
+    int first_polled      # where poll(2)'s findings are looked at first
     int *heap             # waiting entries by the time at which they want to be woken; the first is the next
-    int *heap_place       # where an entry stands in the heap, or -1
     int heap_size
-    long long *at         # by entry: when it wants to be woken; once it is closed, when that was
-    unsigned char *added  # epoll knows this one
     int *ready            # a ring of those whose turn was over before their input
     int ready_first, ready_size
+    int *ended            # those that were closed, for whoever wants to know (or NULL), until `ended_size` is reset
+    int ended_size
 
 
-cdef bint open_crowd(Crowd *w, int size) noexcept:
-    cdef int i
-    w.size = size
-    w.alive = size
-    w.heap_size = w.ready_first = w.ready_size = 0
-    w.fds = NULL
-    w.entries = <Entry *> malloc(size * sizeof(Entry))
-    w.heap = <int *> malloc(size * sizeof(int))
-    w.heap_place = <int *> malloc(size * sizeof(int))
-    w.at = <long long *> malloc(size * sizeof(long long))
-    w.added = <unsigned char *> malloc(size)
-    w.ready = <int *> malloc(size * sizeof(int))
+cdef enum:
+    WAKER = 0x7fffffff  # stands for the waker where entries are numbered
+
+
+cdef void open_crowd(Crowd *w) noexcept:
+    memset(w, 0, sizeof(Crowd))
     w.edges = lx_edge_open()
-    if not (w.entries and w.heap and w.heap_place and w.at and w.added and w.ready):
-        w.size = 0
+    w.waker = -1
+
+
+cdef bint grow_crowd(Crowd *w, int size, bint tell_ended) noexcept nogil:
+    # Room for `size` entries. Pointers to entries do not survive this. False when there is no memory.
+    cdef int i
+    cdef void *bigger = realloc(w.entries, size * sizeof(Entry))
+    if not bigger:
         return False
-    for i in range(size):
+    w.entries = <Entry *> bigger
+    bigger = realloc(w.heap, size * sizeof(int))
+    if not bigger:
+        return False
+    w.heap = <int *> bigger
+    if tell_ended:
+        bigger = realloc(w.ended, size * sizeof(int))
+        if not bigger:
+            return False
+        w.ended = <int *> bigger
+    bigger = malloc(size * sizeof(int))
+    if not bigger:
+        return False
+    for i in range(w.ready_size):
+        (<int *> bigger)[i] = w.ready[(w.ready_first + i) % w.size]
+    free(w.ready)
+    w.ready = <int *> bigger
+    w.ready_first = 0
+    free(w.fds)
+    w.fds = NULL
+    for i in range(w.size, size):
         w.entries[i].fd = -1
-        w.heap_place[i] = -1
-        w.added[i] = False
+        w.entries[i].place = -1
+    w.size = size
     return True
 
 
@@ -52,24 +73,27 @@ cdef void free_crowd(Crowd *w) noexcept:
     free(w.entries)
     free(w.fds)
     free(w.heap)
-    free(w.heap_place)
-    free(w.at)
-    free(w.added)
     free(w.ready)
+    free(w.ended)
+    memset(w, 0, sizeof(Crowd))
+
+
+cdef inline long long at_place(Crowd *w, int place) noexcept nogil:
+    return w.entries[w.heap[place]].c.wake_at
 
 
 cdef inline void heap_put(Crowd *w, int place, int i) noexcept nogil:
     w.heap[place] = i
-    w.heap_place[i] = place
+    w.entries[i].place = place
 
 
 cdef void heap_settle(Crowd *w, int place, int i) noexcept nogil:
     # Entry i belongs somewhere above or below `place`, which is free.
     cdef int other
-    cdef long long at = w.at[i]
+    cdef long long at = w.entries[i].c.wake_at
     while place > 0:
         other = (place - 1) // 2
-        if w.at[w.heap[other]] <= at:
+        if at_place(w, other) <= at:
             break
         heap_put(w, place, w.heap[other])
         place = other
@@ -77,57 +101,58 @@ cdef void heap_settle(Crowd *w, int place, int i) noexcept nogil:
         other = 2 * place + 1
         if other >= w.heap_size:
             break
-        if other + 1 < w.heap_size and w.at[w.heap[other + 1]] < w.at[w.heap[other]]:
+        if other + 1 < w.heap_size and at_place(w, other + 1) < at_place(w, other):
             other += 1
-        if at <= w.at[w.heap[other]]:
+        if at <= at_place(w, other):
             break
         heap_put(w, place, w.heap[other])
         place = other
     heap_put(w, place, i)
 
 
-cdef void heap_set(Crowd *w, int i, long long at) noexcept nogil:
-    w.at[i] = at
-    if w.heap_place[i] < 0:
+cdef void heap_set(Crowd *w, int i) noexcept nogil:
+    # Entry i waits for its `wake_at`, which may have changed.
+    if w.entries[i].place < 0:
         w.heap_size += 1
         heap_settle(w, w.heap_size - 1, i)
     else:
-        heap_settle(w, w.heap_place[i], i)
+        heap_settle(w, w.entries[i].place, i)
 
 
 cdef void heap_drop(Crowd *w, int i) noexcept nogil:
-    cdef int place = w.heap_place[i]
+    cdef int place = w.entries[i].place
     if place < 0:
         return
-    w.heap_place[i] = -1
+    w.entries[i].place = -1
     w.heap_size -= 1
     if place < w.heap_size:
         heap_settle(w, place, w.heap[w.heap_size])
 
 
 cdef void crowd_without_edges(Crowd *w) noexcept nogil:
-    # epoll takes no more (ENOSPC, ENOMEM): poll(2) for all.
+    # epoll takes no more (ENOSPC, ENOMEM), or is gone: poll(2) for all.
     cdef int i
     cdef long long now = lx_now()
-    c_close(w.edges)
-    w.edges = -1
+    drop_edges(&w.edges)
     for i in range(w.size):
         if w.entries[i].fd >= 0:
             without_edges(&w.entries[i], now)
-            if w.heap_place[i] >= 0 and w.entries[i].c.wake_at < w.at[i]:
-                heap_set(w, i, w.entries[i].c.wake_at)
+            if w.entries[i].place >= 0:
+                heap_set(w, i)
 
 
-cdef void crowd_turn(Crowd *w, int i, int seen) noexcept nogil:
+cdef void crowd_turn(Crowd *w, int i, int seen, long long amount) noexcept nogil:
     cdef Entry *e = &w.entries[i]
-    cdef int action = turn(e, seen, lx_now())
+    cdef int action = turn(e, seen, amount, lx_now())
     if action == m.WAIT:
-        if w.edges >= 0 and not w.added[i]:
+        if w.edges >= 0 and not e.added:
             # Whatever happened before it was added is reported at once: nothing can be missed.
-            w.added[i] = lx_edge_add(w.edges, e.fd, i) == 0
-            if not w.added[i]:
+            e.added = lx_edge_add(w.edges, e.fd, i) == 0
+            if not e.added and errno == EBADF:
+                e.c.wake_at = 0  # one of the two is gone: the next look, or the next wait, knows which
+            elif not e.added:
                 crowd_without_edges(w)
-        heap_set(w, i, e.c.wake_at)
+        heap_set(w, i)
         return
     heap_drop(w, i)
     if action == m.YIELD:
@@ -135,58 +160,95 @@ cdef void crowd_turn(Crowd *w, int i, int seen) noexcept nogil:
         w.ready_size += 1
     else:
         w.alive -= 1
-        w.at[i] = lx_now()
+        e.c.wake_at = lx_now()  # it will not be woken any more: when it ended, for the report
+        if w.ended:
+            w.ended[w.ended_size] = i
+            w.ended_size += 1
 
 
-cdef int crowd_poll(Crowd *w, long long ns) noexcept nogil:
-    # poll(2) over all that wait. Returns 0, or EINTR.
-    cdef int i, k, n = 0
+cdef int poll_crowd(Crowd *w, unsigned int *places, int most, long long ns) noexcept nogil:
+    # As lx_edge_wait, by poll(2) over all that wait.
+    cdef int i, k, n = w.heap_size, found = 0
     if not w.fds:
-        w.fds = <pollfd *> malloc(w.size * sizeof(pollfd))
+        w.fds = <pollfd *> malloc((w.size + 1) * sizeof(pollfd))
         if not w.fds:  # time alone will have to do
-            return EINTR if lx_poll(NULL, 0, min(ns, m.OFTEN_MOST)) < 0 else 0
-    for k in range(w.heap_size):
+            return min(lx_poll(NULL, 0, min(ns, m.OFTEN_MOST)), 0)
+    for k in range(n):
         i = w.heap[k]
         w.fds[k].events = events_for(&w.entries[i])
         # Without anything to watch poll(2) would still report a hang-up, at once and for ever.
         w.fds[k].fd = w.entries[i].fd if w.fds[k].events else -1
         w.fds[k].revents = 0
-    n = w.heap_size
-    if lx_poll(w.fds, n, ns) < 0:
-        return EINTR
+    w.fds[n].fd = w.waker
+    w.fds[n].events = POLLIN
+    w.fds[n].revents = 0
+    if lx_poll(w.fds, n + 1, ns) < 0:
+        return -1
+    if w.fds[n].revents:
+        lx_wake_seen(w.waker)
+    w.first_polled = (w.first_polled + most) % n if n > most else 0  # the rest has its turn in the next rounds
     for k in range(n):
-        w.fds[k].fd = w.heap[k] if w.fds[k].revents else -1  # the heap moves with the turns: note the entries
-    for k in range(n):
-        if w.fds[k].fd >= 0:
-            crowd_turn(w, w.fds[k].fd, m.WOKEN)
+        i = (w.first_polled + k) % n
+        if w.fds[i].revents and found < most:
+            places[found] = w.heap[i]
+            found += 1
+    return found
+
+
+cdef long long crowd_patience(Crowd *w) noexcept nogil:
+    # How long nothing needs to be done, ns, as long as nothing happens.
+    if w.ready_size > 0:
+        return 0
+    if w.heap_size == 0:
+        return LONG_TIME
+    return max(0, at_place(w, 0) - lx_now())
+
+
+cdef int crowd_wait(Crowd *w, unsigned int *places, long long ns) noexcept nogil:
+    # Wait up to ns for something to happen; returns to how many (at most 64), or -1 for EINTR.
+    cdef int n, k
+    if w.edges >= 0:
+        n = lx_edge_wait(w.edges, places, 64, ns)
+        if n >= 0 or errno == EINTR:
+            return n
+        crowd_without_edges(w)  # somebody has closed our epoll descriptor
+        return 0
+    n = poll_crowd(w, places, 64, ns)
+    if n >= 0 or errno == EINTR:
+        return n
+    # poll(2) refuses (more sockets than RLIMIT_NOFILE, ENOMEM): look at all of them, but not often.
+    if lx_poll(NULL, 0, min(ns, m.OFTEN_MOST)) < 0:
+        return -1
+    for k in range(w.heap_size):
+        w.entries[w.heap[k]].c.wake_at = 0  # all alike: it stays a heap
     return 0
 
 
-cdef int crowd_round(Crowd *w) noexcept nogil:
-    # Wait for the next thing to happen, then give everybody concerned one turn. Returns 0, or EINTR.
-    cdef unsigned int places[64]
-    cdef long long ns = 0
-    cdef int n, i, k
-    if w.ready_size == 0:
-        ns = max(0, w.at[w.heap[0]] - lx_now())
-    if w.edges >= 0:
-        n = lx_edge_wait(w.edges, places, 64, ns)
-        if n < 0:
-            return EINTR
-        for k in range(n):
-            # Those that yielded have their turn coming; closed ones are not in the heap either.
-            if w.heap_place[places[k]] >= 0:
-                crowd_turn(w, places[k], m.WOKEN)
-    elif crowd_poll(w, ns) == EINTR:
-        return EINTR
+cdef void crowd_serve(Crowd *w, const unsigned int *places, int n) noexcept nogil:
+    # One turn for everybody concerned: those something happened to, those that yielded, those whose time has come.
+    cdef int i, k
+    for k in range(n):
+        # Those that yielded have their turn coming; closed ones are not in the heap either.
+        if places[k] != WAKER and w.entries[places[k]].place >= 0:
+            crowd_turn(w, places[k], m.WOKEN, 0)
     for k in range(w.ready_size):
         i = w.ready[w.ready_first]
         w.ready_first = (w.ready_first + 1) % w.size
         w.ready_size -= 1
-        crowd_turn(w, i, m.WOKEN)
+        if w.entries[i].fd >= 0:
+            crowd_turn(w, i, m.WOKEN, 0)
     k = w.heap_size  # at most everybody once, so that events are looked at again in between
-    while k > 0 and w.heap_size > 0 and w.at[w.heap[0]] <= lx_now():
+    while k > 0 and w.heap_size > 0 and at_place(w, 0) <= lx_now():
         i = w.heap[0]
-        crowd_turn(w, i, m.BEGUN if w.entries[i].c.state == m.HALF_CLOSING else m.WOKEN)
+        crowd_turn(w, i, m.BEGUN if w.entries[i].c.state == m.HALF_CLOSING else m.WOKEN, 0)
         k -= 1
+
+
+cdef int crowd_round(Crowd *w) noexcept nogil:
+    # Wait for the next thing to happen, and serve. Returns 0, or EINTR.
+    cdef unsigned int places[64]
+    cdef int n = crowd_wait(w, places, crowd_patience(w))
+    if n < 0:
+        return EINTR
+    crowd_serve(w, places, n)
     return 0

@@ -5,10 +5,12 @@
 cdef struct Entry:
     m.Closing c
     int fd
-    int by_copy           # the kernel cannot discard without copying here
-    int family            # LX_TCP, LX_LOCAL, LX_OTHER
     int user_timeout      # milliseconds or -1
+    int place             # where it stands in its crowd's heap, or -1
+    unsigned char family  # LX_TCP, LX_LOCAL, LX_OTHER
+    unsigned char added   # its crowd's epoll knows it
     const char *rest      # behind the last byte that is to be sent: the unsent ones end there
+    PyObject *parcel      # what its closer keeps for it, or NULL
 
 
 cdef void open_entry(Entry *e, int fd, int family, const Terms *t, const char *rest, long long unsent,
@@ -17,7 +19,9 @@ cdef void open_entry(Entry *e, int fd, int family, const Terms *t, const char *r
     m.begin(&e.c, m.DRAINING if t.kind == KIND_DRAIN else m.FLUSHING, t.timeout, t.idle, t.max_bytes, t.abort,
             t.short, unsent, family == LX_LOCAL, polled, now)
     e.fd = fd
-    e.by_copy = 0
+    e.place = -1
+    e.added = False
+    e.parcel = NULL
     e.family = family
     e.user_timeout = t.user_timeout
     e.rest = rest
@@ -44,7 +48,7 @@ cdef int perform(Entry *e, int action, long long *amount) noexcept nogil:
     if action == m.DISCARD:
         while True:
             if e.c.want > 0:
-                n = lx_discard(e.fd, e.c.want, &e.by_copy)
+                n = lx_discard(e.fd, e.c.want, e.family == LX_TCP)
             else:
                 n = recv(e.fd, &peeked, 1, MSG_PEEK | MSG_DONTWAIT)
             if n > 0:
@@ -129,14 +133,13 @@ cdef void give_up(Entry *e) noexcept nogil:
     finish(e, m.CLOSE)
 
 
-cdef int turn(Entry *e, int seen, long long now) noexcept nogil:
+cdef int turn(Entry *e, int seen, long long amount, long long now) noexcept nogil:
     # Perform until the machine waits, yields or has ended; returns that action.
-    cdef long long amount = 0
-    cdef int action = m.advance(&e.c, seen, 0, now)
+    cdef int action = m.advance(&e.c, seen, amount, now)
     while action < m.WAIT:
         seen = perform(e, action, &amount)
         if seen == m.INPUT or seen == m.SENT or seen == m.EMPTY or seen == m.NO_ERROR:
-            now = lx_now()  # the others never lead straight to a wait
+            now = lx_now()  # before the others lead to a wait, one of these was seen a moment ago
         action = m.advance(&e.c, seen, amount, now)
     if action >= m.CLOSE:
         finish(e, action)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 
 from ._sockopt import NO_SOCKET, set_linger
@@ -58,9 +59,12 @@ def take(sock: socket.socket) -> int:
 def give_back(sock: socket.socket, fd: int) -> None:
     """Undo `take` for an object whose type is exactly socket.socket: it was a mistake. `sock` owns the fd then."""
     timeout = sock.gettimeout()
+    blocking = sys.platform == "win32" or os.get_blocking(fd)
     socket.SocketType.__init__(sock, sock.family, sock.type, sock.proto, fd)
-    if timeout is not None:  # O_NONBLOCK is set already, as the object left it
+    if sock.gettimeout() != timeout:  # a default timeout has come in, and O_NONBLOCK with it
         sock.settimeout(timeout)
+    if blocking:
+        os.set_blocking(fd, True)
 
 
 def drop(fd: int) -> None:
@@ -99,10 +103,13 @@ class Hold:
             raise
         self._settled = True
 
-    def give_up(self) -> None:
-        """Owns. An exception goes on to the caller: the kernel gets the rest at once. Harmless when it is closed."""
+    def give_up(self, close: Callable[[int], None] = drop) -> None:
+        """Owns. An exception goes on to the caller: the kernel gets the rest at once. Harmless when it is closed.
+
+        close: what is done to the number.
+        """
         mine = self.raw.detach() >= 0
         # Detached from the caller's object but not yet ours, or not even that; unless it is settled already.
         if mine or (not self._settled and (self.wrapper is None or take(self.wrapper) >= 0 or self._taken)):
             self._settled = True
-            drop(self.fd)
+            close(self.fd)

@@ -6,10 +6,12 @@
 #define LINGERX_PLATFORM_H
 
 #include <errno.h>
+#include <fcntl.h>
 #include <limits.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <poll.h>
+#include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
@@ -20,6 +22,7 @@
 #ifdef __linux__
 #include <linux/sockios.h>
 #include <sys/epoll.h>
+#include <sys/eventfd.h>
 #endif
 #ifdef __FreeBSD__
 #include <sys/filio.h>
@@ -54,18 +57,17 @@ static inline long long lx_now(void) {
     return (long long)t.tv_sec * 1000000000LL + t.tv_nsec;
 }
 
-/* Borrows. Throws input away without copying it where the kernel can (tcp(7): MSG_TRUNC). */
-static inline ssize_t lx_discard(int fd, size_t most, int *by_copy) {
+/* Borrows. Throws input away, of TCP without copying it where the kernel can (tcp(7): MSG_TRUNC). */
+static inline ssize_t lx_discard(int fd, size_t most, int tcp) {
     char scratch[16384];
 #ifdef __linux__
-    if (!*by_copy) {
+    if (tcp) {
         ssize_t n = recv(fd, NULL, most, MSG_TRUNC | MSG_DONTWAIT);
         if (n >= 0 || errno != EFAULT)
-            return n;
-        *by_copy = 1; /* AF_UNIX and others: nothing was consumed */
+            return n; /* EFAULT: another protocol than TCP; nothing was consumed */
     }
 #else
-    (void)by_copy;
+    (void)tcp;
 #endif
     return recv(fd, scratch, most < sizeof scratch ? most : sizeof scratch, MSG_DONTWAIT);
 }
@@ -257,6 +259,43 @@ static inline int lx_edge_wait(int waiter, unsigned int *places, int most, long 
     errno = ENOSYS;
     return -1;
 #endif
+}
+
+/* What makes another thread's wait end: fds[0] is readable after lx_wake(fds[1]). Returns 0, or -1. */
+static inline int lx_wake_open(int fds[2]) {
+#ifdef __linux__
+    fds[0] = fds[1] = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    return fds[0] < 0 ? -1 : 0;
+#else
+    int i;
+    if (pipe(fds) != 0)
+        return -1;
+    for (i = 0; i < 2; i++) {
+        fcntl(fds[i], F_SETFD, FD_CLOEXEC);
+        fcntl(fds[i], F_SETFL, O_NONBLOCK);
+    }
+    return 0;
+#endif
+}
+
+static inline void lx_wake(int fd) {
+    unsigned long long one = 1;
+    ssize_t n = write(fd, &one, sizeof one);
+    (void)n; /* full: it is awake already */
+}
+
+static inline void lx_wake_seen(int fd) {
+    char many[64];
+    ssize_t n = read(fd, many, sizeof many);
+    (void)n;
+}
+
+static inline void lx_wake_close(int fds[2]) {
+    if (fds[0] >= 0)
+        close(fds[0]);
+    if (fds[1] >= 0 && fds[1] != fds[0])
+        close(fds[1]);
+    fds[0] = fds[1] = -1;
 }
 
 #endif

@@ -1,8 +1,8 @@
 """What TLS has to say before its raw socket lingers: close_notify, and the rest of the data. For both engines.
 
 Only what needs the TLS session may live here; how to close the raw socket is the engines' business, and they are
-called for it. Nothing here waits inside OpenSSL, and O_NONBLOCK is not touched: it is shared with every copy of
-the fd. `ssl` is not imported before somebody else has done so.
+called for it. Nothing here waits for the peer inside OpenSSL, and O_NONBLOCK is left as it is: it is shared with
+every copy of the fd. `ssl` is not imported before somebody else has done so.
 
 How a call into OpenSSL is kept from waiting. CPython tries again for as long as the socket object's timeout
 says, and the object cannot be told "not at all" without setting O_NONBLOCK on its fd. So:
@@ -36,7 +36,7 @@ from .report import Outcome, Report
 if TYPE_CHECKING:
     from ssl import SSLSocket
 
-__all__ = ["is_tls", "say_goodbye", "send_and_close", "take"]
+__all__ = ["is_tls", "say_goodbye", "send_and_close"]
 
 # What OpenSSL makes one record of (RFC 8446 5.1): a bigger write is cut up there, with no saying how far it got.
 RECORD = 16 * 1024
@@ -60,7 +60,9 @@ def is_tls(sock: socket.socket) -> TypeGuard[SSLSocket]:
 
 
 def say_goodbye(sock: SSLSocket) -> None:
-    """Send close_notify (RFC 8446 6.1), in one try that cannot block; nothing happens when that fails. Borrows.
+    """Send close_notify (RFC 8446 6.1), in one try that does not wait for the peer (10 ms at most). Borrows.
+
+    Nothing happens when it fails.
 
     For an SSLSocket that is about to be taken: its timeout may be 0.0 afterwards. When a signal handler raises in
     here, the socket is closed in the background and the exception goes on.
