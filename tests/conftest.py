@@ -16,14 +16,12 @@ from contextlib import ExitStack, suppress
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, cast
 
 import pytest
 
-pytest.register_assert_rewrite("closers", "conformance", "connections", "peers")
+pytest.register_assert_rewrite("conformance", "connections", "peers")
 
-from closers import CloserMaker, ended_afterwards, module_over  # noqa: E402
 from connections import Pair, PairMaker, connect, unix_socketpair, wait_until  # noqa: E402
 
 if TYPE_CHECKING:
@@ -70,11 +68,6 @@ def nothing_left_behind() -> Iterator[None]:
     wait_until(lambda: running_threads() <= threads)
 
 
-def engine_name(engine: Engine) -> str:
-    """As in LINGERX_ENGINE."""
-    return cast("ModuleType", engine).__name__.rpartition("_")[2]
-
-
 @pytest.fixture(params=["native", "portable"])
 def engine(request: pytest.FixtureRequest) -> Engine:
     """Each engine in turn."""
@@ -86,13 +79,6 @@ def engine(request: pytest.FixtureRequest) -> Engine:
             raise
         pytest.skip("portable build: lingerx._native is not installed")
     return cast("Engine", module)
-
-
-@pytest.fixture
-def closers(engine: Engine) -> Iterator[CloserMaker]:
-    """Makes closers over each engine in turn, and shuts them down after the test."""
-    with ended_afterwards(module_over(engine_name(engine))) as make:
-        yield make
 
 
 @pytest.fixture

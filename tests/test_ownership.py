@@ -268,6 +268,22 @@ def test_no_fd_left_and_much_to_send(engine: Engine, tcp: PairMaker) -> None:
     assert facts(report) == (Outcome.PEER_CLOSED, 0, 0, None, True)
 
 
+@pytest.mark.parametrize("sending", [False, True], ids=["confirming", "sending"])
+def test_no_fd_left_and_a_fin_that_must_not_wake_us_again_and_again(
+    engine: Engine, tcp: PairMaker, sending: bool
+) -> None:
+    ours, peer = tcp(**SMALL_BUFFERS)
+    fill(ours)
+    peer.shutdown(socket.SHUT_WR)
+    data, drain = bytes(1 << 20), Drain(timeout=0.2)
+    with no_more_fds():
+        before = time.thread_time()
+        report = engine.send_and_close(ours, data, drain) if sending else engine.close(ours, drain)
+        cpu = time.thread_time() - before
+    assert report.outcome is Outcome.TIMED_OUT
+    assert cpu < 0.01
+
+
 # Threads --------------------------------------------------------------------------------------------------
 
 

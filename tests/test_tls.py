@@ -22,11 +22,10 @@ from typing import TYPE_CHECKING, Protocol
 import pytest
 
 from connections import A_LONG_LOOK, DEADLINE, Ending, PairMaker, identity, still_open, wait_until
-from lingerx import Abort, Background, Drain, Flush, Outcome, Policy, closing
+from lingerx import Background, Drain, Flush, Outcome, Policy, closing
 from peers import Call, Polite, WritesFirst, reset
 
 if TYPE_CHECKING:
-    from closers import CloserMaker
     from conformance import Engine
 
 trustme = pytest.importorskip("trustme", reason="trustme makes the certificates")
@@ -466,42 +465,3 @@ def test_handler_raises_at_any_moment(engine: Engine, tls: TlsPairMaker) -> None
         signal.signal(signal.SIGALRM, before)
     gc.collect()
     assert raised
-
-
-# In the background ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("version", VERSIONS, ids=["tls1.2", "tls1.3"])
-@pytest.mark.parametrize("timeout", TIMEOUTS)
-def test_background_closer_says_goodbye_before_it_returns(
-    closers: CloserMaker, tls: TlsPairMaker, version: ssl.TLSVersion, timeout: float | None
-) -> None:
-    closer = closers(Drain(timeout=DEADLINE))
-    ours, peer = tls(version=version, timeout=timeout)
-    ours.settimeout(DEADLINE)
-    ours.sendall(ANSWER)
-    ours.settimeout(timeout)
-    future = closer.submit(ours)
-    assert ours.fileno() == -1
-    assert read_all(peer) == len(ANSWER)  # an EOF without a close_notify would raise
-    peer.close()
-    assert future.result(DEADLINE).outcome is Outcome.PEER_CLOSED
-
-
-def test_background_closer_aborts_without_a_goodbye(closers: CloserMaker, tls: TlsPairMaker) -> None:
-    ours, peer = tls()
-    closers().close(ours, Abort())
-    with pytest.raises((ConnectionResetError, ssl.SSLEOFError)):
-        peer.recv(1)
-
-
-def test_background_closer_never_sends_data_past_the_session(closers: CloserMaker, tls: TlsPairMaker) -> None:
-    """Either it is encrypted, or it is refused and the socket is untouched."""
-    closer = closers(Drain(timeout=DEADLINE))
-    ours, peer = tls()
-    try:
-        closer.send_and_close(ours, ANSWER)
-    except (TypeError, ValueError):
-        ours.sendall(ANSWER)
-        closer.close(ours)
-    assert read_all(peer) == len(ANSWER)

@@ -22,12 +22,12 @@ __all__ = [
     "check_data",
     "check_fd",
     "check_linger",
+    "check_many",
     "check_open",
     "check_policy",
     "check_socket",
     "check_spread",
     "check_timeout",
-    "check_many",
     "check_unique",
 ]
 

@@ -42,7 +42,6 @@ if TYPE_CHECKING:
     from ._offers import send_and_close as send_and_close
     from ._offers import set_linger as set_linger
     from ._offers import tcp_status as tcp_status
-    from ._portable import Loop as Loop
 else:
     abort = _module.abort
     close = _module.close
@@ -52,4 +51,3 @@ else:
     send_and_close = _module.send_and_close
     set_linger = _module.set_linger
     tcp_status = _module.tcp_status
-    Loop = _module.Loop

@@ -17,7 +17,6 @@ cimport cython
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AS_STRING
 from cpython.exc cimport PyErr_CheckSignals
-from cpython.ref cimport Py_INCREF
 from libc.errno cimport EAGAIN, EBADF, ECONNABORTED, ECONNRESET, EINTR, EINVAL, ENOTCONN, ENOTSOCK, EPIPE, errno
 from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memcpy, memset
@@ -64,10 +63,6 @@ cdef extern from "_platform.h" nogil:
     void lx_no_time_wait(int fd)
     int lx_option(int fd, int option, int *value)
     int lx_poll(pollfd *fds, int n, long long ns)
-    int lx_wake_open(int *fds)
-    void lx_wake(int fd)
-    void lx_wake_seen(int fd)
-    void lx_wake_close(int *fds)
     int lx_edge_open()
     int lx_edge_add(int waiter, int fd, unsigned int place)
     int lx_edge_wait(int waiter, unsigned int *places, int most, long long ns)
@@ -75,7 +70,6 @@ cdef extern from "_platform.h" nogil:
 cdef extern from "Python.h":
     bint PyType_IsSubtype(object a, object b)
     ctypedef struct PyObject
-    void Py_XDECREF(PyObject *o)
 
 cdef extern from "_fields.h":
     Py_ssize_t lx_offset_of_int(object descriptor)
@@ -85,7 +79,6 @@ cdef extern from "_fields.h":
     object lx_call(object method, object sock)
 
 
-cdef long long LONG_TIME = 3600000000000  # ns: for a wait that has nothing to wait for but the waker
 cdef enum:  # the kinds of policy.py
     KIND_BACKGROUND, KIND_ABORT, KIND_KERNEL_LINGER, KIND_FLUSH, KIND_DRAIN
 
@@ -410,7 +403,7 @@ def close_all(socks, policy=None, *, timeout=None, spread=0.0):
     started = lx_now()
     open_crowd(&w)
     try:
-        if not grow_crowd(&w, n, False):
+        if not grow_crowd(&w, n):
             raise MemoryError(f"no memory to close {n} sockets at once; none was touched")
         try:
             for i in range(n):
@@ -548,9 +541,6 @@ def tcp_status(sock):
     return TcpStatus(_STATE_NAMES[state], known(never_sent), known(queue), known(lx_unread(fd)))
 
 
-include "_native_closer.pxi"
-
-
 # For the tests --------------------------------------------------------------------------------------------
 
 @cython.final
@@ -561,9 +551,13 @@ cdef class Rehearsal:
 
     def __cinit__(self, int goal, long long timeout, long long idle, long long max_bytes, bint abort, bint short,
                   long long unsent, bint local, bint polled, long long now):
+        if goal != m.DRAINING and goal != m.FLUSHING:
+            raise ValueError(f"goal is DRAINING or FLUSHING; got {goal}")
         m.begin(&self.c, goal, timeout, idle, max_bytes, abort, short, unsent, local, polled, now)
 
     def advance(self, int seen, long long amount, long long now, int never_sent=-1):
+        if not 0 <= seen < m.EVENTS:
+            raise ValueError(f"no event has the number {seen}")
         self.c.never_sent = never_sent
         return m.advance(&self.c, seen, amount, now)
 

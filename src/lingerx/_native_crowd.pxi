@@ -9,28 +9,20 @@ cdef struct Crowd:
     int size              # how many entries there is room for; those without an fd (below 0) are free or closed
     int alive             # entries that are not closed yet
     int edges             # the epoll descriptor, or -1: poll(2) over all of them
-    int waker             # readable when somebody wants us to look up, or -1
-    pollfd *fds           # for poll(2): one for each entry, and the waker's
+    pollfd *fds           # for poll(2): one for each entry
     int first_polled      # where poll(2)'s findings are looked at first
     int *heap             # waiting entries by the time at which they want to be woken; the first is the next
     int heap_size
     int *ready            # a ring of those whose turn was over before their input
     int ready_first, ready_size
-    int *ended            # those that were closed, for whoever wants to know (or NULL), until `ended_size` is reset
-    int ended_size
-
-
-cdef enum:
-    WAKER = 0x7fffffff  # stands for the waker where entries are numbered
 
 
 cdef void open_crowd(Crowd *w) noexcept:
     memset(w, 0, sizeof(Crowd))
     w.edges = lx_edge_open()
-    w.waker = -1
 
 
-cdef bint grow_crowd(Crowd *w, int size, bint tell_ended) noexcept nogil:
+cdef bint grow_crowd(Crowd *w, int size) noexcept nogil:
     # Room for `size` entries. Pointers to entries do not survive this. False when there is no memory.
     cdef int i
     cdef void *bigger = realloc(w.entries, size * sizeof(Entry))
@@ -41,11 +33,6 @@ cdef bint grow_crowd(Crowd *w, int size, bint tell_ended) noexcept nogil:
     if not bigger:
         return False
     w.heap = <int *> bigger
-    if tell_ended:
-        bigger = realloc(w.ended, size * sizeof(int))
-        if not bigger:
-            return False
-        w.ended = <int *> bigger
     bigger = malloc(size * sizeof(int))
     if not bigger:
         return False
@@ -74,7 +61,6 @@ cdef void free_crowd(Crowd *w) noexcept:
     free(w.fds)
     free(w.heap)
     free(w.ready)
-    free(w.ended)
     memset(w, 0, sizeof(Crowd))
 
 
@@ -161,16 +147,13 @@ cdef void crowd_turn(Crowd *w, int i, int seen, long long amount) noexcept nogil
     else:
         w.alive -= 1
         e.c.wake_at = lx_now()  # it will not be woken any more: when it ended, for the report
-        if w.ended:
-            w.ended[w.ended_size] = i
-            w.ended_size += 1
 
 
 cdef int poll_crowd(Crowd *w, unsigned int *places, int most, long long ns) noexcept nogil:
     # As lx_edge_wait, by poll(2) over all that wait.
     cdef int i, k, n = w.heap_size, found = 0
     if not w.fds:
-        w.fds = <pollfd *> malloc((w.size + 1) * sizeof(pollfd))
+        w.fds = <pollfd *> malloc(w.size * sizeof(pollfd))
         if not w.fds:  # time alone will have to do
             return min(lx_poll(NULL, 0, min(ns, m.OFTEN_MOST)), 0)
     for k in range(n):
@@ -179,13 +162,8 @@ cdef int poll_crowd(Crowd *w, unsigned int *places, int most, long long ns) noex
         # Without anything to watch poll(2) would still report a hang-up, at once and for ever.
         w.fds[k].fd = w.entries[i].fd if w.fds[k].events else -1
         w.fds[k].revents = 0
-    w.fds[n].fd = w.waker
-    w.fds[n].events = POLLIN
-    w.fds[n].revents = 0
-    if lx_poll(w.fds, n + 1, ns) < 0:
+    if lx_poll(w.fds, n, ns) < 0:
         return -1
-    if w.fds[n].revents:
-        lx_wake_seen(w.waker)
     w.first_polled = (w.first_polled + most) % n if n > most else 0  # the rest has its turn in the next rounds
     for k in range(n):
         i = (w.first_polled + k) % n
@@ -197,11 +175,7 @@ cdef int poll_crowd(Crowd *w, unsigned int *places, int most, long long ns) noex
 
 cdef long long crowd_patience(Crowd *w) noexcept nogil:
     # How long nothing needs to be done, ns, as long as nothing happens.
-    if w.ready_size > 0:
-        return 0
-    if w.heap_size == 0:
-        return LONG_TIME
-    return max(0, at_place(w, 0) - lx_now())
+    return max(0, at_place(w, 0) - lx_now()) if w.ready_size == 0 else 0
 
 
 cdef int crowd_wait(Crowd *w, unsigned int *places, long long ns) noexcept nogil:
@@ -229,7 +203,7 @@ cdef void crowd_serve(Crowd *w, const unsigned int *places, int n) noexcept nogi
     cdef int i, k
     for k in range(n):
         # Those that yielded have their turn coming; closed ones are not in the heap either.
-        if places[k] != WAKER and w.entries[places[k]].place >= 0:
+        if w.entries[places[k]].place >= 0:
             crowd_turn(w, places[k], m.WOKEN, 0)
     for k in range(w.ready_size):
         i = w.ready[w.ready_first]

@@ -10,7 +10,6 @@ cdef struct Entry:
     unsigned char family  # LX_TCP, LX_LOCAL, LX_OTHER
     unsigned char added   # its crowd's epoll knows it
     const char *rest      # behind the last byte that is to be sent: the unsent ones end there
-    PyObject *parcel      # what its closer keeps for it, or NULL
 
 
 cdef void open_entry(Entry *e, int fd, int family, const Terms *t, const char *rest, long long unsent,
@@ -21,7 +20,6 @@ cdef void open_entry(Entry *e, int fd, int family, const Terms *t, const char *r
     e.fd = fd
     e.place = -1
     e.added = False
-    e.parcel = NULL
     e.family = family
     e.user_timeout = t.user_timeout
     e.rest = rest

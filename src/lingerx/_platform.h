@@ -6,12 +6,10 @@
 #define LINGERX_PLATFORM_H
 
 #include <errno.h>
-#include <fcntl.h>
 #include <limits.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <poll.h>
-#include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
@@ -22,7 +20,6 @@
 #ifdef __linux__
 #include <linux/sockios.h>
 #include <sys/epoll.h>
-#include <sys/eventfd.h>
 #endif
 #ifdef __FreeBSD__
 #include <sys/filio.h>
@@ -259,43 +256,6 @@ static inline int lx_edge_wait(int waiter, unsigned int *places, int most, long 
     errno = ENOSYS;
     return -1;
 #endif
-}
-
-/* What makes another thread's wait end: fds[0] is readable after lx_wake(fds[1]). Returns 0, or -1. */
-static inline int lx_wake_open(int fds[2]) {
-#ifdef __linux__
-    fds[0] = fds[1] = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-    return fds[0] < 0 ? -1 : 0;
-#else
-    int i;
-    if (pipe(fds) != 0)
-        return -1;
-    for (i = 0; i < 2; i++) {
-        fcntl(fds[i], F_SETFD, FD_CLOEXEC);
-        fcntl(fds[i], F_SETFL, O_NONBLOCK);
-    }
-    return 0;
-#endif
-}
-
-static inline void lx_wake(int fd) {
-    unsigned long long one = 1;
-    ssize_t n = write(fd, &one, sizeof one);
-    (void)n; /* full: it is awake already */
-}
-
-static inline void lx_wake_seen(int fd) {
-    char many[64];
-    ssize_t n = read(fd, many, sizeof many);
-    (void)n;
-}
-
-static inline void lx_wake_close(int fds[2]) {
-    if (fds[0] >= 0)
-        close(fds[0]);
-    if (fds[1] >= 0 && fds[1] != fds[0])
-        close(fds[1]);
-    fds[0] = fds[1] = -1;
 }
 
 #endif

@@ -1,8 +1,7 @@
 """Does and waits, in Python: the portable engine, for PyPy, Windows and machines without a compiler.
 
-Here are its calls: they check arguments, take the sockets over and leave the rest to `_portable_crowd`; those that
-never wait for one stand in `_portable_closer`. Nothing else may live here; what the calls promise is written in
-`_offers`, what TLS has to say in `_tls`.
+Here are its calls: they check arguments, take the sockets over and leave the rest to `_portable_crowd`. Nothing else
+may live here; what the calls promise is written in `_offers`, what TLS has to say in `_tls`.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ from typing import TYPE_CHECKING
 
 from . import _arguments, _offers, _sockopt, _tls
 from ._arguments import check_policy, check_socket
-from ._portable_closer import Loop as Loop
 from ._portable_crowd import Closing, Crowd
 from ._status import TcpStatus
 from .policy import ABORT, DRAIN, FLUSH, Abort, Drain, Policy
@@ -59,7 +57,7 @@ def close_all(
     policy = DEFAULT if policy is None else check_policy(policy)
     within = _arguments.check_timeout("timeout", timeout)
     over = _arguments.check_spread(spread)
-    wanted = list(socks)
+    wanted = _arguments.check_many(socks)
     unique = {id(sock): sock for sock in wanted}
     fds: set[int] = set()
     checked = [(sock, _arguments.check_unique(check_socket(sock), fds)) for sock in unique.values()]

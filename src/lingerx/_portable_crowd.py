@@ -1,8 +1,7 @@
 """Performs and waits: one socket that closes, and a crowd of them, for everything in the portable engine.
 
 A `Closing` performs what the machine answers, with the standard library's modules over system calls; a `Crowd`
-waits for what the machine wants, for one socket as for many, for a given number as for those that come and go while
-it runs. Nothing is decided here, arguments are not checked, and no thread is known.
+waits for what the machine wants, for one socket as for many. Nothing is decided here, and arguments are not checked.
 
 After SHUT_WR a socket is always "writable", so poll(2) cannot wait for an ACK. Edge-triggered epoll with EPOLLOUT
 can: its edge comes when the kernel has seen our FIN ACKed (epoll(7); measured). Where there is no epoll, or none
@@ -199,9 +198,6 @@ class Edges:
             self.epoll.register(c.fd, select.EPOLLIN | select.EPOLLOUT | select.EPOLLRDHUP | select.EPOLLET)
             c.watched = 1
 
-    def listen(self, waker: socket.socket) -> None:
-        self.epoll.register(waker.fileno(), select.EPOLLIN)
-
     def forget(self, c: Closing) -> None:
         if c.watched:  # a copy of the fd elsewhere would keep it in the set
             with suppress(OSError):
@@ -234,9 +230,6 @@ class Levels:
             self.selector.register(c.fd, events)
         c.watched = events
 
-    def listen(self, waker: socket.socket) -> None:
-        self.selector.register(waker, selectors.EVENT_READ)
-
     def forget(self, c: Closing) -> None:
         if c.watched:
             self.selector.unregister(c.fd)
@@ -256,26 +249,17 @@ class Levels:
 
 
 class Crowd:
-    """Sockets that close at the same time, each by its own limits and all at `end` (ns; -1: none) at the latest.
+    """Sockets that close at the same time, each by its own limits and all at `end` (ns; -1: none) at the latest."""
 
-    waker: a socket that is readable when somebody wants `wait` to return. Borrows.
-    """
-
-    def __init__(self, end: int = -1, waker: socket.socket | None = None) -> None:
+    def __init__(self, end: int = -1) -> None:
         self.by_fd: OrderedDict[int, Closing] = OrderedDict()
         """Those that are not closed yet, in the order in which they came."""
-        self.ended: list[Closing] = []
-        """Those that are, until whoever wants to know takes them away."""
         self.again: list[Closing] = []
         """Those whose turn was over before their input."""
         self.end = end
         self.timers: list[tuple[float, int, Closing]] = []
         self.count = itertools.count()
-        self.waker = waker
         self.waiter: Edges | Levels | None = None
-        if waker is not None:
-            self.waiter = _open_waiter()
-            self.waiter.listen(waker)
 
     def admit(self, c: Closing) -> None:
         """Owns. Its first turn comes at `wake_at`, or by `turn`."""
@@ -309,10 +293,7 @@ class Crowd:
         c.waiting = False
         if c.started < 0:
             c.begin(self.end, not hasattr(select, "epoll") if self.waiter is None else self.waiter.polled)
-            if seen == m.WOKEN:
-                seen = m.BEGUN
-            elif seen != m.BEGUN:
-                advance(c, m.BEGUN, 0, c.started)  # which asks for what somebody has done already
+            seen = m.BEGUN
         while True:
             action = advance(c, seen, amount, time.monotonic_ns())
             if action == m.WAIT:
@@ -326,7 +307,6 @@ class Crowd:
                     self.waiter.forget(c)
                 c.timer = math.inf
                 del self.by_fd[c.fd]
-                self.ended.append(c)
                 c.finish(action)
                 return
             seen, amount = c.perform(action)
@@ -365,14 +345,12 @@ class Crowd:
         return min(max(0.0, (self.timers[0][0] - time.monotonic_ns()) / 1e9), LONGEST_WAIT)
 
     def wait(self, seconds: float) -> list[Closing]:
-        """Wait until it is somebody's turn, or look once for 0.0; returns whose. A call of the waker ends it too."""
+        """Wait until it is somebody's turn, or look once for 0.0; returns whose."""
         ready = []
         if self.waiter is not None:
-            for fd in self.waiter.wait(seconds):
+            for fd in self.look(seconds):
                 c = self.by_fd.get(fd)
-                if c is None:
-                    self.hear()
-                elif c.waiting:
+                if c is not None and c.waiting:
                     c.waiting = False
                     ready.append(c)
         elif seconds:
@@ -390,10 +368,23 @@ class Crowd:
                     self.set_timer(c)
         return ready
 
-    def hear(self) -> None:
-        if self.waker is not None:
-            with suppress(OSError):  # nothing there
-                self.waker.recv(1024)
+    def look(self, seconds: float) -> list[int]:
+        """The fds that something happened to, within `seconds`."""
+        assert self.waiter is not None
+        try:
+            return self.waiter.wait(seconds)
+        except OSError:
+            if self.waiter.polled:
+                # poll(2) refuses (more sockets than RLIMIT_NOFILE, ENOMEM): look at all of them, but not often.
+                time.sleep(min(seconds, m.OFTEN_MOST / 1e9))
+                return list(self.by_fd)
+            # Somebody has closed our epoll descriptor, and may have its number by now.
+            self.waiter = Levels()
+            for c in self.by_fd.values():
+                c.watched = 0
+                if c.waiting and c.started >= 0:
+                    self.park(c)
+            return []
 
 
 def _open_waiter() -> Edges | Levels:
