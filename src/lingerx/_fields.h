@@ -7,6 +7,11 @@
 #include <Python.h>
 #include <structmember.h>
 
+/* Whether a thing is of a class or a subclass of it; no class may have a say in this. */
+static inline int lx_is_a(PyObject *thing, PyObject *kind) {
+    return PyObject_TypeCheck(thing, (PyTypeObject *)kind);
+}
+
 /* Where an int member of a C type stands, or -1 when the descriptor is of another kind. */
 static inline Py_ssize_t lx_offset_of_int(PyObject *descriptor) {
     PyMemberDef *member;

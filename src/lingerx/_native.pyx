@@ -67,11 +67,9 @@ cdef extern from "_platform.h" nogil:
     int lx_edge_add(int waiter, int fd, unsigned int place)
     int lx_edge_wait(int waiter, unsigned int *places, int most, long long ns)
 
-cdef extern from "Python.h":
-    bint PyType_IsSubtype(object a, object b)
-    ctypedef struct PyObject
-
 cdef extern from "_fields.h":
+    ctypedef struct PyObject
+    bint lx_is_a(object thing, object kind)
     Py_ssize_t lx_offset_of_int(object descriptor)
     Py_ssize_t lx_offset_of_slot(object descriptor)
     PyObject *lx_slot_at(object policy, Py_ssize_t offset)
@@ -107,7 +105,7 @@ cdef Py_ssize_t packed_at = lx_offset_of_slot(Policy._packed)
 
 cdef int read_terms(object policy, Terms *t) except -1:
     cdef const char *packed
-    if PyType_IsSubtype(type(policy), Policy) and packed_at >= 0 and lx_slot_at(policy, packed_at) != NULL:
+    if lx_is_a(policy, Policy) and packed_at >= 0 and lx_slot_at(policy, packed_at) != NULL:
         packed = PyBytes_AS_STRING(<object> lx_slot_at(policy, packed_at))
     else:
         packed = PyBytes_AS_STRING(_arguments.check_policy(policy)._packed)
