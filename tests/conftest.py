@@ -25,6 +25,8 @@ pytest.register_assert_rewrite("conformance", "connections", "peers")
 from connections import Pair, PairMaker, connect, unix_socketpair, wait_until  # noqa: E402
 
 if TYPE_CHECKING:
+    from types import ModuleType
+
     from conformance import Engine
 
 FD_TABLE = Path("/proc/self/fd" if sys.platform == "linux" else "/dev/fd")
@@ -79,6 +81,12 @@ def engine(request: pytest.FixtureRequest) -> Engine:
             raise
         pytest.skip("portable build: lingerx._native is not installed")
     return cast("Engine", module)
+
+
+@pytest.fixture
+def engine_name(engine: Engine) -> str:
+    """The engine's word in LINGERX_ENGINE."""
+    return cast("ModuleType", engine).__name__.rpartition("_")[2]
 
 
 @pytest.fixture

@@ -15,8 +15,8 @@ from ._offers import (
 class Rehearsal:
     """The compiled machine, told its events by hand: a test holds it against the interpreted one."""
 
-    def __init__(
-        self,
+    def __new__(
+        cls,
         goal: int,
         timeout: int,
         idle: int,
@@ -27,6 +27,6 @@ class Rehearsal:
         local: bool,
         polled: bool,
         now: int,
-    ) -> None: ...
+    ) -> Rehearsal: ...
     def advance(self, seen: int, amount: int, now: int, never_sent: int = -1) -> int: ...
     def state(self) -> dict[str, int]: ...

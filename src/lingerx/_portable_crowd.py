@@ -374,17 +374,11 @@ class Crowd:
         try:
             return self.waiter.wait(seconds)
         except OSError:
-            if self.waiter.polled:
-                # poll(2) refuses (more sockets than RLIMIT_NOFILE, ENOMEM): look at all of them, but not often.
-                time.sleep(min(seconds, m.OFTEN_MOST / 1e9))
-                return list(self.by_fd)
-            # Somebody has closed our epoll descriptor, and may have its number by now.
-            self.waiter = Levels()
-            for c in self.by_fd.values():
-                c.watched = 0
-                if c.waiting and c.started >= 0:
-                    self.park(c)
-            return []
+            if not self.waiter.polled:
+                raise  # somebody has closed our epoll descriptor, which select.epoll cannot let go of
+            # poll(2) refuses (more sockets than RLIMIT_NOFILE, ENOMEM): look at all of them, but not often.
+            time.sleep(min(seconds, m.OFTEN_MOST / 1e9))
+            return list(self.by_fd)
 
 
 def _open_waiter() -> Edges | Levels:
