@@ -47,7 +47,8 @@ def test_one_alarm_while_the_peer_keeps_us_busy(engine: Engine, tcp: PairMaker) 
             signal.setitimer(signal.ITIMER_REAL, 0.02)
             with pytest.raises(Rang):
                 engine.close(ours, Drain(timeout=DEADLINE))
-            sender.join()  # our plain close resets it
+            ours.close()  # should it have rung before the call
+            sender.join()  # a plain close resets it
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
