@@ -39,6 +39,14 @@ static inline int lx_int_at(PyObject *object, Py_ssize_t offset) {
     return *(int *)((char *)object + offset);
 }
 
+/* What detach() does to a socket's fd, without the Python int that it returns. */
+static inline int lx_take_int_at(PyObject *object, Py_ssize_t offset, int instead) {
+    int *place = (int *)((char *)object + offset);
+    int value = *place;
+    *place = instead;
+    return value;
+}
+
 /* method(self), where method belongs to the C type of self and takes nothing else. */
 static inline PyObject *lx_call(PyObject *method, PyObject *self) {
     if (Py_IS_TYPE(method, &PyMethodDescr_Type)) {

@@ -74,6 +74,7 @@ cdef extern from "_fields.h":
     Py_ssize_t lx_offset_of_slot(object descriptor)
     PyObject *lx_slot_at(object policy, Py_ssize_t offset)
     int lx_int_at(object sock, Py_ssize_t offset)
+    int lx_take_int_at(object sock, Py_ssize_t offset, int instead)
     object lx_call(object method, object sock)
 
 
@@ -261,7 +262,7 @@ cdef int family_of(object sock) except -1:
 cdef int take(object sock, int fd) except -2:
     # The fd is ours from here on; -1 when somebody else was quicker. `fd`: as `check` saw it.
     if type(sock) is Socket:
-        return lx_call(raw_detach, sock)
+        return lx_take_int_at(sock, fd_at, -1) if fd_at >= 0 else lx_call(raw_detach, sock)
     try:
         return _ownership.take(sock)
     except BaseException:
@@ -325,7 +326,7 @@ def close(sock, policy=None):
     cdef long long started = 0
     read_terms(DRAIN if policy is None else policy, &t)
     fd = check(sock, t.kind < KIND_FLUSH)
-    family = family_of(sock)
+    family = family_of(sock) if t.kind > KIND_ABORT or t.user_timeout >= 0 else LX_OTHER
     if type(sock) is not Socket and t.kind != KIND_ABORT and fd >= 0:
         started = lx_now()
         goodbye(sock)
