@@ -135,7 +135,7 @@ def test_no_time_discards_what_is_there_and_leaves_at_once(engine: Engine, tcp: 
     send_unread(peer, ours, bytes(50_000))
     report = engine.close(ours, Drain(timeout=0))
     assert facts(report) == (Outcome.TIMED_OUT, 50_000, 0, None, True)
-    assert report.elapsed < EXACT
+    assert report.elapsed < LIMIT
     assert read_to_end(peer) == Ending(0, None), "nothing was unread any more, so there was no reset"
 
 
