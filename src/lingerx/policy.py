@@ -219,7 +219,7 @@ class Flush(Policy):
     on_timeout: what to do with the rest at a limit: "background" (plain close, the kernel goes on) or "abort".
     user_timeout: seconds for TCP_USER_TIMEOUT, set before the kernel is left alone with the rest (RFC 5482).
     reset_after_ack: after the last ACK leave no TIME_WAIT behind (TCP_LINGER2 = -1, tcp(7)); no effect when
-        the peer's FIN came first, for then there is nothing left to spare. The sharp tool.
+        the peer's FIN comes before our close: TIME_WAIT has then begun. The sharp tool.
     """
 
     __slots__ = ("timeout", "max_bytes", "on_timeout", "user_timeout", "reset_after_ack")
