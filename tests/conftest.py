@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, cast
 
 import pytest
 
-pytest.register_assert_rewrite("conformance", "connections", "peers")
+pytest.register_assert_rewrite("closers", "conformance", "connections", "peers")
 
+from closers import CloserMaker, closer_over, ended_afterwards  # noqa: E402
 from connections import Pair, PairMaker, connect, unix_socketpair, wait_until  # noqa: E402
 
 if TYPE_CHECKING:
@@ -87,6 +88,13 @@ def engine(request: pytest.FixtureRequest) -> Engine:
 def engine_name(engine: Engine) -> str:
     """The engine's word in LINGERX_ENGINE."""
     return cast("ModuleType", engine).__name__.rpartition("_")[2]
+
+
+@pytest.fixture
+def closers(engine_name: str) -> Iterator[CloserMaker]:
+    """Makes closers over each engine in turn, and shuts them down after the test."""
+    with ended_afterwards(closer_over(engine_name)) as make:
+        yield make
 
 
 @pytest.fixture

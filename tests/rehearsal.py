@@ -127,12 +127,13 @@ class Interpreted:
         machine.begin(self.record, *terms)
 
     def advance(self, seen: int, amount: int, now: int, never_sent: int = -1) -> int:
-        self.record.never_sent = never_sent
+        self.record.never_sent = min(never_sent, 2)
         action: int = machine.advance(self.record, seen, amount, now)
         return action
 
     def state(self) -> dict[str, int]:
-        return {name: int(value) for name, value in vars(self.record).items()}
+        want = machine.allowance(self.record)
+        return {"want": want, **{name: int(value) for name, value in vars(self.record).items()}}
 
 
 def number(name: str) -> int:

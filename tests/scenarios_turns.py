@@ -196,7 +196,7 @@ TIMERS = (
         drain(timeout=MINUTE, polled=1),
         DRAINING
         + f"""
-        3 x EMPTY -> WAIT wants=FOR_INPUT wake_at={MINUTE} patience={SECOND // 1000}
+        3 x EMPTY -> WAIT wants=FOR_INPUT wake_at={MINUTE} patience=OFTEN
         WOKEN @{SECOND} -> DISCARD
         FIN -> COUNT
         COUNTED 0 -> CLOSE

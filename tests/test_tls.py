@@ -22,10 +22,11 @@ from typing import TYPE_CHECKING, Protocol
 import pytest
 
 from connections import A_LONG_LOOK, DEADLINE, Ending, PairMaker, identity, still_open, wait_until
-from lingerx import Background, Drain, Flush, Outcome, Policy, closing
+from lingerx import Abort, Background, Drain, Flush, Outcome, Policy, closing
 from peers import Call, Polite, WritesFirst, reset
 
 if TYPE_CHECKING:
+    from closers import CloserMaker
     from conformance import Engine
 
 trustme = pytest.importorskip("trustme", reason="trustme makes the certificates")
@@ -465,3 +466,84 @@ def test_handler_raises_at_any_moment(engine: Engine, tls: TlsPairMaker) -> None
         signal.signal(signal.SIGALRM, before)
     gc.collect()
     assert raised
+
+
+# In the background ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("version", VERSIONS, ids=["tls1.2", "tls1.3"])
+@pytest.mark.parametrize("timeout", TIMEOUTS)
+def test_background_closer_says_goodbye_before_it_returns(
+    closers: CloserMaker, tls: TlsPairMaker, version: ssl.TLSVersion, timeout: float | None
+) -> None:
+    closer = closers(Drain(timeout=DEADLINE))
+    ours, peer = tls(version=version, timeout=timeout)
+    ours.settimeout(DEADLINE)
+    ours.sendall(ANSWER)
+    ours.settimeout(timeout)
+    future = closer.submit(ours)
+    assert ours.fileno() == -1
+    assert read_all(peer) == len(ANSWER)  # an EOF without a close_notify would raise
+    peer.close()
+    assert future.result(DEADLINE).outcome is Outcome.PEER_CLOSED
+
+
+def test_background_closer_aborts_without_a_goodbye(closers: CloserMaker, tls: TlsPairMaker) -> None:
+    ours, peer = tls()
+    closers().close(ours, Abort())
+    with pytest.raises((ConnectionResetError, ssl.SSLEOFError)):
+        peer.recv(1)
+
+
+@pytest.mark.parametrize("way", ["send_and_close", "submit"])
+@pytest.mark.parametrize("data", [ANSWER, b""], ids=["some", "none"])
+def test_background_closer_takes_no_data_for_a_session(
+    closers: CloserMaker, tls: TlsPairMaker, way: str, data: bytes
+) -> None:
+    """It could never be encrypted later; the session is untouched, and the sentence says what to do."""
+    closer = closers(Drain(timeout=DEADLINE))
+    ours, peer = tls()
+    with pytest.raises(ValueError, match="sendall"):
+        closer.send_and_close(ours, data) if way == "send_and_close" else closer.submit(ours, data=data)
+    assert closer.stats().handed_over == 0
+    peer.sendall(b"question")
+    assert ours.recv(100) == b"question"
+    ours.sendall(ANSWER)
+    closer.close(ours)
+    assert read_all(peer) == len(ANSWER)
+    peer.close()
+    assert closer.join(DEADLINE)
+
+
+def test_background_closer_after_its_shutdown_says_no_goodbye(closers: CloserMaker, tls: TlsPairMaker) -> None:
+    closer = closers(Drain(timeout=DEADLINE))
+    closer.shutdown()
+    ours, peer = tls()
+    with pytest.raises(RuntimeError, match="shut down"):
+        closer.close(ours)
+    ours.sendall(ANSWER)
+    assert len(peer.recv(len(ANSWER))) > 0
+
+
+def test_background_closer_takes_a_session_that_was_unwrapped(closers: CloserMaker, tls: TlsPairMaker) -> None:
+    closer = closers(Drain(timeout=DEADLINE))
+    ours, peer = tls()
+    with Call(peer.unwrap) as call:
+        plain = ours.unwrap()
+    assert closer.send_and_close(plain, b"in the clear")
+    with call.result() as raw:
+        assert raw.recv(100) == b"in the clear"
+    assert closer.join(DEADLINE)
+
+
+def test_background_closer_and_sessions_of_many_threads(closers: CloserMaker, tls: TlsPairMaker) -> None:
+    closer = closers(Drain(timeout=DEADLINE))
+    pairs = [tls() for _ in range(4)]
+    calls = [Call(lambda ours=ours: closer.submit(ours)) for ours, _ in pairs]  # type: ignore[misc]
+    for call in calls:
+        call.start()
+    futures = [call.result() for call in calls]
+    for _, peer in pairs:
+        assert read_all(peer) == 0
+        peer.close()
+    assert [future.result(DEADLINE).outcome for future in futures] == [Outcome.PEER_CLOSED] * 4

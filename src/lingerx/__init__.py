@@ -16,6 +16,7 @@ from ._engine import (
     tcp_status,
 )
 from ._status import TcpStatus
+from .closer import Closer, Stats, default_closer
 from .policy import Abort, Background, Drain, Flush, KernelLinger, Policy, policy_from_linger
 from .report import Outcome, Report
 
@@ -24,18 +25,21 @@ __version__ = "0.1.0"
 __all__ = [
     "Abort",
     "Background",
+    "Closer",
     "Drain",
     "Flush",
     "KernelLinger",
     "Outcome",
     "Policy",
     "Report",
+    "Stats",
     "TcpStatus",
     "abort",
     "close",
     "close_all",
     "close_fd",
     "closing",
+    "default_closer",
     "engine",
     "get_linger",
     "policy_from_linger",

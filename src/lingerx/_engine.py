@@ -34,6 +34,7 @@ engine, _module = _pick(os.environ.get("LINGERX_ENGINE"))
 """Which engine runs: "native" or "portable"."""
 
 if TYPE_CHECKING:
+    from ._offers import Loop as Loop
     from ._offers import abort as abort
     from ._offers import close as close
     from ._offers import close_all as close_all
@@ -51,3 +52,4 @@ else:
     send_and_close = _module.send_and_close
     set_linger = _module.set_linger
     tcp_status = _module.tcp_status
+    Loop = _module.Loop

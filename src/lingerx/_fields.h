@@ -39,12 +39,16 @@ static inline int lx_int_at(PyObject *object, Py_ssize_t offset) {
     return *(int *)((char *)object + offset);
 }
 
-/* What detach() does to a socket's fd, without the Python int that it returns. */
+/* What detach() does to a socket's fd, without the Python int that it returns. Of several threads one gets it. */
 static inline int lx_take_int_at(PyObject *object, Py_ssize_t offset, int instead) {
     int *place = (int *)((char *)object + offset);
+#ifdef Py_GIL_DISABLED
+    return __atomic_exchange_n(place, instead, __ATOMIC_ACQ_REL);
+#else
     int value = *place;
     *place = instead;
     return value;
+#endif
 }
 
 /* method(self), where method belongs to the C type of self and takes nothing else. */

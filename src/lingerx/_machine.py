@@ -31,7 +31,7 @@ SENT = 2  # amount: bytes that the kernel took
 NO_ROOM = 3  # send: EAGAIN
 HALF_CLOSED = 4
 UNCONNECTED = 5  # ENOTCONN
-INPUT = 6  # amount: bytes that were discarded (or merely seen, when `want` was 0)
+INPUT = 6  # amount: bytes that were discarded (or merely seen, when `allowance` was 0)
 EMPTY = 7  # recv: EAGAIN
 FIN = 8  # recv: 0
 COUNTED = 9  # amount: the send queue in bytes, our FIN included, or -1 where the platform can't tell
@@ -52,8 +52,9 @@ EVENTS = 21
 # Actions --------------------------------------------------------------------------------------------------
 SEND = 0
 HALF_CLOSE = 1
-DISCARD = 2  # at most `want` bytes; when `want` is 0, look whether there is any input and leave it there
+DISCARD = 2  # at most `allowance` bytes; when that is 0, look whether there is any input and leave it there
 COUNT = 3  # the send queue; in LEAVING also `never_sent`: bytes of it that were never sent, our FIN included, or -1
+# (more than 2 of them may be told as 2)
 PROBE = 4  # SO_ERROR; only after the peer's FIN, for reading it clears it and recv could not tell a reset any more
 WAIT = 5  # for what `wants` says, until `wake_at`
 YIELD = 6  # the turn is over: let others have theirs, then tell WOKEN
@@ -83,17 +84,18 @@ FAILED = 11
 NO_OUTCOME = 255  # in a row: as it was
 
 # Bounds on the work of one turn: a guess that keeps a turn below 0.1 ms at memory speed. A call counts as
-# CALL_COST bytes, so that a peer that sends single bytes cannot buy thousands of calls.
+# CALL_COST bytes, so that a peer that sends single bytes cannot buy thousands of calls. The budget counts in these.
 TURN_BYTES = 2 * 1024 * 1024
 CALL_COST = 32 * 1024
 DISCARD_BYTES = 1024 * 1024  # the most that one call may discard
 
 # The safety timer beside the ACK wake-up. Linux wakes us (see the engine): look again only rarely, in case a
 # kernel does not. Where there is no such wake-up, looking again is all there is. Both grow: guesses.
-RARELY = 500_000_000
-RARELY_MOST = 8_000_000_000
-OFTEN = 1_000_000
-OFTEN_MOST = 50_000_000
+RARELY = 500  # ms
+RARELY_MOST = 8000
+OFTEN = 1
+OFTEN_MOST = 50
+MS = 1_000_000  # ns
 
 # The rules ------------------------------------------------------------------------------------------------
 # state, event -> next state, action, outcome
@@ -233,11 +235,18 @@ def begin(c, goal, timeout, idle, max_bytes, abort, short, unsent, local, polled
     c.unacked = -1
     c.patience = OFTEN if polled else RARELY
     c.wake_at = c.deadline
-    c.budget = TURN_BYTES
-    c.want = _allowance(c)
+    c.budget = TURN_BYTES // CALL_COST
 
 
-def _allowance(c):
+def look_often(c, now):
+    """From now on nothing wakes us for an ACK: look from time to time."""
+    c.polled = 1
+    c.patience = OFTEN
+    c.wake_at = min(c.wake_at, now + OFTEN * MS)
+
+
+def allowance(c):
+    """How many bytes a DISCARD may take."""
     if c.max_bytes < 0 or c.max_bytes - c.drained > DISCARD_BYTES:
         return DISCARD_BYTES
     return c.max_bytes - c.drained
@@ -246,13 +255,12 @@ def _allowance(c):
 def advance(c, seen, amount, now):
     """The next action, after the engine saw `seen`. `now` must be fresh for WOKEN, INPUT, SENT and EMPTY."""
     if seen == INPUT:
-        if c.want == 0:
+        if allowance(c) == 0:
             seen = TOO_MUCH
         else:
             c.drained += amount
             c.heard = now
-            c.budget -= amount + CALL_COST
-            c.want = _allowance(c)
+            c.budget -= amount // CALL_COST + 1
     elif seen == SENT:
         c.unsent -= amount
         c.heard = now
@@ -261,7 +269,7 @@ def advance(c, seen, amount, now):
     elif seen == COUNTED:
         seen = _weigh(c, amount)
     elif seen == WOKEN or seen == BEGUN:
-        c.budget = TURN_BYTES
+        c.budget = TURN_BYTES // CALL_COST
     elif seen == HALF_CLOSED:
         c.fin_queued = 1
     elif seen == RESET or seen == BROKEN:
@@ -335,8 +343,8 @@ def _pause(c, action, now):
         if c.idle >= 0 and c.heard + c.idle < c.wake_at:
             c.wake_at = c.heard + c.idle
         if c.wants & FOR_ACK:
-            if now + c.patience < c.wake_at:
-                c.wake_at = now + c.patience
+            if now + c.patience * MS < c.wake_at:
+                c.wake_at = now + c.patience * MS
             c.patience = min(2 * c.patience, OFTEN_MOST if c.polled else RARELY_MOST)
     return action
 

@@ -1,6 +1,8 @@
 from typing import final
 
 from ._offers import (
+    Intake as Intake,
+    Loop as Loop,
     abort as abort,
     close as close,
     close_all as close_all,
@@ -30,3 +32,7 @@ class Rehearsal:
     ) -> Rehearsal: ...
     def advance(self, seen: int, amount: int, now: int, never_sent: int = -1) -> int: ...
     def state(self) -> dict[str, int]: ...
+
+@final
+class Parcel:
+    """What is kept for a socket until it is closed: the data it still has to send, and who wants to know."""

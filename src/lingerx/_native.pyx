@@ -17,7 +17,8 @@ cimport cython
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AS_STRING
 from cpython.exc cimport PyErr_CheckSignals
-from libc.errno cimport EAGAIN, EBADF, ECONNABORTED, ECONNRESET, EINTR, EINVAL, ENOTCONN, ENOTSOCK, EPIPE, errno
+from libc.errno cimport EAGAIN, EBADF, ECONNABORTED, ECONNRESET, EINTR, EINVAL, ENOSYS, ENOTCONN, ENOTSOCK, EPIPE, errno
+from libc.limits cimport LLONG_MAX
 from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memcpy, memset
 
@@ -29,7 +30,7 @@ import os
 import socket
 import threading
 
-from lingerx import _arguments, _offers, _ownership, _tls
+from lingerx import _arguments, _ledger, _offers, _ownership, _tls
 from lingerx._status import STATES as _STATE_NAMES, TcpStatus
 from lingerx.policy import Drain, Policy
 
@@ -65,7 +66,21 @@ cdef extern from "_platform.h" nogil:
     int lx_poll(pollfd *fds, int n, long long ns)
     int lx_edge_open()
     int lx_edge_add(int waiter, int fd, unsigned int place)
+    int lx_edge_add_waker(int waiter, int fd, unsigned int place)
     int lx_edge_wait(int waiter, unsigned int *places, int most, long long ns)
+    int lx_wake_open(int *fds)
+    void lx_wake(int fd)
+    void lx_wake_seen(int fd)
+    void lx_wake_close(int *fds)
+    bint lx_marked(unsigned char *mark)
+    void lx_mark(unsigned char *mark, bint on)
+    ctypedef struct pthread_mutex_t:
+        pass
+    int pthread_mutex_init(pthread_mutex_t *mutex, void *attributes)
+    int pthread_mutex_lock(pthread_mutex_t *mutex)
+    int pthread_mutex_unlock(pthread_mutex_t *mutex)
+    int pthread_atfork(void (*prepare)() noexcept nogil, void (*parent)() noexcept nogil,
+                       void (*child)() noexcept nogil)
 
 cdef extern from "_fields.h":
     ctypedef struct PyObject
@@ -76,6 +91,8 @@ cdef extern from "_fields.h":
     int lx_int_at(object sock, Py_ssize_t offset)
     int lx_take_int_at(object sock, Py_ssize_t offset, int instead)
     object lx_call(object method, object sock)
+    void Py_XINCREF(PyObject *o)
+    void Py_XDECREF(PyObject *o)
 
 
 cdef enum:  # the kinds of policy.py
@@ -143,17 +160,11 @@ cdef struct Waiter:
 
 
 cdef void drop_edges(int *edges) noexcept nogil:
-    # An epoll descriptor that fails. When it is not ours any more, its number may be somebody else's file by now.
-    if errno != EBADF:
+    # An epoll descriptor that fails, see errno. When it is not ours any more, its number may be somebody else's file
+    # by now (EINVAL: one of another kind).
+    if errno != EBADF and errno != EINVAL:
         c_close(edges[0])
     edges[0] = -1
-
-
-cdef void without_edges(Entry *e, long long now) noexcept nogil:
-    # No epoll for this one: look at the queue from time to time.
-    e.c.polled = True
-    e.c.patience = m.OFTEN
-    e.c.wake_at = min(e.c.wake_at, now + m.OFTEN)
 
 
 cdef short events_for(const Entry *e) noexcept nogil:
@@ -173,17 +184,17 @@ cdef int wait_for_one(Entry *e, Waiter *w) noexcept nogil:
             c_close(w.edges)
             w.edges = -1
         if w.edges < 0:
-            without_edges(e, lx_now())
+            m.look_often(&e.c, lx_now())
     ns = max(0, e.c.wake_at - lx_now())
     if by_edge and w.edges >= 0:
         n = lx_edge_wait(w.edges, &place, 1, ns)
         if n < 0 and errno != EINTR:
             drop_edges(&w.edges)
-            without_edges(e, lx_now())
+            m.look_often(&e.c, lx_now())
             return 0
     else:
         if w.stuck:
-            ns = min(ns, m.OFTEN_MOST)
+            ns = min(ns, m.OFTEN_MOST * m.MS)
         # Without anything to watch poll(2) would still report a hang-up, at once and for ever.
         p.fd = e.fd
         p.events = events_for(e)
@@ -200,6 +211,10 @@ cdef bint signals_come_here() except -1:
     return threading.get_ident() == threading.main_thread().ident
 
 
+cdef inline Kept kept_for(const Terms *t, const char *rest) noexcept nogil:
+    return Kept(rest, t.user_timeout, 0, NULL)
+
+
 cdef Report close_one(int fd, int family, const Terms *t, const char *rest, long long unsent, long long started):
     # Owns fd; not when it returns None: the socket is listening, and was not touched.
     cdef Entry e
@@ -207,9 +222,10 @@ cdef Report close_one(int fd, int family, const Terms *t, const char *rest, long
     cdef int action
     cdef bint checks
     cdef bint interrupted = False
+    cdef Kept kept = kept_for(t, rest)
     w.edges = -1
     w.stuck = False
-    open_entry(&e, fd, family, t, rest, unsent, False, started)
+    open_entry(&e, fd, family, t, &kept, unsent, False, started)
     action = turn(&e, m.BEGUN, 0, started)
     if action >= m.CLOSE:
         return report_of(&e, lx_now()) if e.fd < 0 else None
@@ -235,15 +251,20 @@ cdef Report close_one(int fd, int family, const Terms *t, const char *rest, long
 
 # The calls: arguments -------------------------------------------------------------------------------------
 
+cdef int fd_of(object sock) except -2:
+    # Borrows. The fd of a stream socket of CPython's own type, or -1: somebody has to look closer.
+    if type(sock) is not Socket or type_at < 0 or lx_int_at(sock, type_at) != SOCK_STREAM:
+        return -1
+    return lx_int_at(sock, fd_at) if fd_at >= 0 else lx_call(raw_fileno, sock)
+
+
 cdef int check(object sock, bint at_once=True) except -2:
     # Borrows. The fd, or -1 for a socket object that is closed already; raises for a caller's mistake. Without
     # `at_once` a listening TCP socket passes: a half-close does nothing to it and tells (see give_back), for
     # asking first would cost every other close a system call.
-    cdef int fd
-    if type(sock) is Socket and type_at >= 0 and lx_int_at(sock, type_at) == SOCK_STREAM:
-        fd = lx_int_at(sock, fd_at) if fd_at >= 0 else lx_call(raw_fileno, sock)
-        if fd > 2 and ((not at_once and family_of(sock) == LX_TCP) or not lx_listening(fd)):
-            return fd
+    cdef int fd = fd_of(sock)
+    if fd > 2 and ((not at_once and family_of(sock) == LX_TCP) or not lx_listening(fd)):
+        return fd
     return _arguments.check_socket(sock)  # which knows the words
 
 
@@ -377,6 +398,7 @@ def send_and_close(sock, data, policy=None):
 
 def close_all(socks, policy=None, *, timeout=None, spread=0.0):
     cdef Terms t
+    cdef Kept kept
     cdef Crowd w
     cdef long long within, spread_ns, started, began
     cdef int i, n
@@ -400,6 +422,7 @@ def close_all(socks, policy=None, *, timeout=None, spread=0.0):
     if n == 0:
         return []
     started = lx_now()
+    kept = kept_for(&t, NULL)
     open_crowd(&w)
     try:
         if not grow_crowd(&w, n):
@@ -408,7 +431,8 @@ def close_all(socks, policy=None, *, timeout=None, spread=0.0):
             for i in range(n):
                 if t.kind != KIND_ABORT and (within < 0 or lx_now() - started < within):
                     goodbye(unique[i])
-                open_entry(&w.entries[i], take(unique[i], numbers[i]), families[i], &t, NULL, 0, False, started)
+                open_entry(&w.entries[i], take(unique[i], numbers[i]), families[i], &t, &kept, 0, False, started)
+                w.size = i + 1
         except BaseException:
             for sock in unique:  # those that were not taken yet; the others have no fd any more
                 _ownership.drop(_ownership.take(sock))
@@ -434,7 +458,7 @@ cdef void schedule(Crowd *w, int i, const Terms *t, long long began, long long e
     if end >= 0:
         start = min(start, end)
         mine.timeout = min(mine.timeout, end - start)
-    open_entry(e, e.fd, e.family, &mine, NULL, 0, w.edges < 0, start)
+    open_entry(e, e.fd, e.c.family, &mine, e.kept, 0, w.edges < 0, start)
     e.c.wake_at = start
     if e.fd < 0:
         e.c.outcome = m.ALREADY_CLOSED
@@ -477,7 +501,7 @@ cdef list close_in_turn(Crowd *w, const Terms *t, long long started, long long w
             mine.timeout = min(t.timeout, left // 1000000000)
         fd = w.entries[i].fd
         w.entries[i].fd = -1
-        reports.append(close_by_terms(fd, w.entries[i].family, &mine, 0))
+        reports.append(close_by_terms(fd, w.entries[i].c.family, &mine, 0))
     return reports
 
 
@@ -540,6 +564,10 @@ def tcp_status(sock):
     return TcpStatus(_STATE_NAMES[state], known(never_sent), known(queue), known(lx_unread(fd)))
 
 
+include "_native_loop.pxi"
+include "_native_closer.pxi"
+
+
 # For the tests --------------------------------------------------------------------------------------------
 
 @cython.final
@@ -553,15 +581,19 @@ cdef class Rehearsal:
         if goal != m.DRAINING and goal != m.FLUSHING:
             raise ValueError(f"goal is DRAINING or FLUSHING; got {goal}")
         m.begin(&self.c, goal, timeout, idle, max_bytes, abort, short, unsent, local, polled, now)
+        self.c.family = self.c.watched = 0
 
     def advance(self, int seen, long long amount, long long now, int never_sent=-1):
         if not 0 <= seen < m.EVENTS:
             raise ValueError(f"no event has the number {seen}")
-        self.c.never_sent = never_sent
+        self.c.never_sent = min(2, never_sent)
         return m.advance(&self.c, seen, amount, now)
 
     def state(self):
-        return self.c
+        cdef dict state = self.c
+        del state["family"], state["watched"]
+        state["want"] = m.allowance(&self.c)
+        return state
 
 
 for _name in _offers.OFFERS:

@@ -2,55 +2,74 @@
 # _native.pyx.
 #
 # Each entry gets one turn when something happened to it or its time has come; a heap tells whose time is next.
-# Every turn is bounded, so a round is. All of it runs without the GIL but open and free.
+# Every turn is bounded, so a round is. All of it may run without the GIL.
 
 cdef struct Crowd:
     Entry *entries
-    int size              # how many entries there is room for; those without an fd (below 0) are free or closed
+    int size              # entries that were opened; those without an fd (below 0) are free or closed
+    int room              # for how many there is memory
     int alive             # entries that are not closed yet
     int edges             # the epoll descriptor, or -1: poll(2) over all of them
-    pollfd *fds           # for poll(2): one for each entry
+    int waker             # readable when somebody wants us to look up, or -1
+    pollfd *fds           # for poll(2): one for each entry, and the waker's
     int first_polled      # where poll(2)'s findings are looked at first
     int *heap             # waiting entries by the time at which they want to be woken; the first is the next
     int heap_size
     int *ready            # a ring of those whose turn was over before their input
     int ready_first, ready_size
+    # Those that were closed, for whoever wants to know (or NULL) and sets `ended_size` back; among them ~i of those
+    # whose last byte was sent.
+    int *ended
+    int ended_size
 
 
-cdef void open_crowd(Crowd *w) noexcept:
+cdef enum:
+    WAKER = 0x7fffffff    # stands for the waker where entries are numbered
+    TOLD_AT_MOST = 2      # how often an entry may stand in `ended` at the same time
+    SERVED_AT_ONCE = 256  # whose time has come, and who yielded, in one round: a guess at a few milliseconds
+
+# How long to wait for the waker alone, ns: nobody sees one wake-up in eleven days, and more is too much for poll(2).
+cdef long long LONG_TIME = 1000000000000000
+
+
+cdef void open_crowd(Crowd *w) noexcept nogil:
     memset(w, 0, sizeof(Crowd))
     w.edges = lx_edge_open()
+    w.waker = -1
 
 
-cdef bint grow_crowd(Crowd *w, int size) noexcept nogil:
-    # Room for `size` entries. Pointers to entries do not survive this. False when there is no memory.
+cdef bint grow_crowd(Crowd *w, int room, bint tell_ended=False) noexcept nogil:
+    # Memory for `room` entries; what is not used yet is not touched, and costs none. `tell_ended`: keep a list of
+    # those that end. Pointers to entries do not survive this. False when there is no memory.
     cdef int i
-    cdef void *bigger = realloc(w.entries, size * sizeof(Entry))
+    cdef void *bigger = realloc(w.entries, room * sizeof(Entry))
     if not bigger:
         return False
     w.entries = <Entry *> bigger
-    bigger = realloc(w.heap, size * sizeof(int))
+    bigger = realloc(w.heap, room * sizeof(int))
     if not bigger:
         return False
     w.heap = <int *> bigger
-    bigger = malloc(size * sizeof(int))
+    if tell_ended:
+        bigger = realloc(w.ended, TOLD_AT_MOST * room * sizeof(int))
+        if not bigger:
+            return False
+        w.ended = <int *> bigger
+    bigger = malloc(room * sizeof(int))
     if not bigger:
         return False
     for i in range(w.ready_size):
-        (<int *> bigger)[i] = w.ready[(w.ready_first + i) % w.size]
+        (<int *> bigger)[i] = w.ready[(w.ready_first + i) % w.room]
     free(w.ready)
     w.ready = <int *> bigger
     w.ready_first = 0
     free(w.fds)
     w.fds = NULL
-    for i in range(w.size, size):
-        w.entries[i].fd = -1
-        w.entries[i].place = -1
-    w.size = size
+    w.room = room
     return True
 
 
-cdef void free_crowd(Crowd *w) noexcept:
+cdef void free_crowd(Crowd *w) noexcept nogil:
     cdef int i
     for i in range(w.size):
         if w.entries[i].fd >= 0:
@@ -61,7 +80,9 @@ cdef void free_crowd(Crowd *w) noexcept:
     free(w.fds)
     free(w.heap)
     free(w.ready)
+    free(w.ended)
     memset(w, 0, sizeof(Crowd))
+    w.edges = w.waker = -1
 
 
 cdef inline long long at_place(Crowd *w, int place) noexcept nogil:
@@ -122,48 +143,71 @@ cdef void crowd_without_edges(Crowd *w) noexcept nogil:
     drop_edges(&w.edges)
     for i in range(w.size):
         if w.entries[i].fd >= 0:
-            without_edges(&w.entries[i], now)
+            m.look_often(&w.entries[i].c, now)
             if w.entries[i].place >= 0:
                 heap_set(w, i)
 
 
 cdef void crowd_turn(Crowd *w, int i, int seen, long long amount) noexcept nogil:
     cdef Entry *e = &w.entries[i]
+    cdef bint sending = e.c.unsent > 0
     cdef int action = turn(e, seen, amount, lx_now())
+    if sending and e.c.unsent == 0 and action < m.CLOSE and w.ended:
+        w.ended[w.ended_size] = ~i
+        w.ended_size += 1
     if action == m.WAIT:
-        if w.edges >= 0 and not e.added:
+        if w.edges >= 0 and not e.c.watched:
             # Whatever happened before it was added is reported at once: nothing can be missed.
-            e.added = lx_edge_add(w.edges, e.fd, i) == 0
-            if not e.added and errno == EBADF:
+            e.c.watched = lx_edge_add(w.edges, e.fd, i) == 0
+            if not e.c.watched and errno == EBADF:
                 e.c.wake_at = 0  # one of the two is gone: the next look, or the next wait, knows which
-            elif not e.added:
+            elif not e.c.watched:
                 crowd_without_edges(w)
         heap_set(w, i)
         return
     heap_drop(w, i)
     if action == m.YIELD:
-        w.ready[(w.ready_first + w.ready_size) % w.size] = i
+        w.ready[(w.ready_first + w.ready_size) % w.room] = i
         w.ready_size += 1
     else:
         w.alive -= 1
         e.c.wake_at = lx_now()  # it will not be woken any more: when it ended, for the report
+        if w.ended:
+            w.ended[w.ended_size] = i
+            w.ended_size += 1
+
+
+cdef void crowd_recall(Crowd *w) noexcept nogil:
+    # Those that yielded stand in the heap instead of the ring, as due.
+    cdef int i
+    while w.ready_size > 0:
+        i = w.ready[w.ready_first]
+        w.ready_first = (w.ready_first + 1) % w.room
+        w.ready_size -= 1
+        w.entries[i].c.wake_at = 0
+        heap_set(w, i)
 
 
 cdef int poll_crowd(Crowd *w, unsigned int *places, int most, long long ns) noexcept nogil:
     # As lx_edge_wait, by poll(2) over all that wait.
     cdef int i, k, n = w.heap_size, found = 0
     if not w.fds:
-        w.fds = <pollfd *> malloc(w.size * sizeof(pollfd))
+        w.fds = <pollfd *> malloc((w.room + 1) * sizeof(pollfd))
         if not w.fds:  # time alone will have to do
-            return min(lx_poll(NULL, 0, min(ns, m.OFTEN_MOST)), 0)
+            return min(lx_poll(NULL, 0, min(ns, m.OFTEN_MOST * m.MS)), 0)
     for k in range(n):
         i = w.heap[k]
         w.fds[k].events = events_for(&w.entries[i])
         # Without anything to watch poll(2) would still report a hang-up, at once and for ever.
         w.fds[k].fd = w.entries[i].fd if w.fds[k].events else -1
         w.fds[k].revents = 0
-    if lx_poll(w.fds, n, ns) < 0:
+    w.fds[n].fd = w.waker
+    w.fds[n].events = POLLIN
+    w.fds[n].revents = 0
+    if lx_poll(w.fds, n + 1, ns) < 0:
         return -1
+    if w.fds[n].revents:
+        lx_wake_seen(w.waker)
     w.first_polled = (w.first_polled + most) % n if n > most else 0  # the rest has its turn in the next rounds
     for k in range(n):
         i = (w.first_polled + k) % n
@@ -175,7 +219,9 @@ cdef int poll_crowd(Crowd *w, unsigned int *places, int most, long long ns) noex
 
 cdef long long crowd_patience(Crowd *w) noexcept nogil:
     # How long nothing needs to be done, ns, as long as nothing happens.
-    return max(0, at_place(w, 0) - lx_now()) if w.ready_size == 0 else 0
+    if w.ready_size > 0:
+        return 0
+    return max(0, at_place(w, 0) - lx_now()) if w.heap_size > 0 else LONG_TIME
 
 
 cdef int crowd_wait(Crowd *w, unsigned int *places, long long ns) noexcept nogil:
@@ -191,7 +237,7 @@ cdef int crowd_wait(Crowd *w, unsigned int *places, long long ns) noexcept nogil
     if n >= 0 or errno == EINTR:
         return n
     # poll(2) refuses (more sockets than RLIMIT_NOFILE, ENOMEM): look at all of them, but not often.
-    if lx_poll(NULL, 0, min(ns, m.OFTEN_MOST)) < 0:
+    if lx_poll(NULL, 0, min(ns, m.OFTEN_MOST * m.MS)) < 0:
         return -1
     for k in range(w.heap_size):
         w.entries[w.heap[k]].c.wake_at = 0  # all alike: it stays a heap
@@ -203,15 +249,14 @@ cdef void crowd_serve(Crowd *w, const unsigned int *places, int n) noexcept nogi
     cdef int i, k
     for k in range(n):
         # Those that yielded have their turn coming; closed ones are not in the heap either.
-        if w.entries[places[k]].place >= 0:
+        if places[k] != WAKER and w.entries[places[k]].place >= 0:
             crowd_turn(w, places[k], m.WOKEN, 0)
-    for k in range(w.ready_size):
+    for k in range(min(w.ready_size, SERVED_AT_ONCE)):
         i = w.ready[w.ready_first]
-        w.ready_first = (w.ready_first + 1) % w.size
+        w.ready_first = (w.ready_first + 1) % w.room
         w.ready_size -= 1
-        if w.entries[i].fd >= 0:
-            crowd_turn(w, i, m.WOKEN, 0)
-    k = w.heap_size  # at most everybody once, so that events are looked at again in between
+        crowd_turn(w, i, m.WOKEN, 0)
+    k = min(w.heap_size, SERVED_AT_ONCE)  # so that events are looked at again in between
     while k > 0 and w.heap_size > 0 and at_place(w, 0) <= lx_now():
         i = w.heap[0]
         crowd_turn(w, i, m.BEGUN if w.entries[i].c.state == m.HALF_CLOSING else m.WOKEN, 0)

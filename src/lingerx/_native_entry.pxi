@@ -2,27 +2,33 @@
 #
 # Only calls that cannot block may be made here, and nothing is decided. All of it runs without the GIL.
 
+cdef struct Kept:         # what few entries need, and what many may share; whoever opens an entry sees that it lasts
+    const char *rest      # behind the last byte that is to be sent: the unsent ones end there
+    int user_timeout      # milliseconds or -1
+    long long held        # bytes that a closer keeps for it
+    PyObject *parcel      # the Parcel that this is part of, or NULL
+
+
+# A closer has thousands of entries, and promises 128 bytes for each: 120 here, 4 in the heap. Of the machine's
+# record `family` (LX_TCP, LX_LOCAL, LX_OTHER) and `watched` (its crowd's epoll knows it) are ours.
 cdef struct Entry:
     m.Closing c
+    Kept *kept
     int fd
-    int user_timeout      # milliseconds or -1
     int place             # where it stands in its crowd's heap, or -1
-    unsigned char family  # LX_TCP, LX_LOCAL, LX_OTHER
-    unsigned char added   # its crowd's epoll knows it
-    const char *rest      # behind the last byte that is to be sent: the unsent ones end there
+    int older, newer      # its neighbours in its loop's order of age, or -1
 
 
-cdef void open_entry(Entry *e, int fd, int family, const Terms *t, const char *rest, long long unsent,
+cdef void open_entry(Entry *e, int fd, int family, const Terms *t, Kept *kept, long long unsent,
                      bint polled, long long now) noexcept nogil:
     # Owns fd from here on.
     m.begin(&e.c, m.DRAINING if t.kind == KIND_DRAIN else m.FLUSHING, t.timeout, t.idle, t.max_bytes, t.abort,
             t.short, unsent, family == LX_LOCAL, polled, now)
+    e.c.family = family
+    e.c.watched = False
+    e.kept = kept
     e.fd = fd
     e.place = -1
-    e.added = False
-    e.family = family
-    e.user_timeout = t.user_timeout
-    e.rest = rest
 
 
 cdef int trouble(int error, long long *amount) noexcept nogil:
@@ -41,12 +47,14 @@ cdef int perform(Entry *e, int action, long long *amount) noexcept nogil:
     # Borrows e.fd. Nothing here can block; EINTR cannot happen to calls that do not block, but costs nothing.
     cdef ssize_t n
     cdef long long queue
+    cdef long long most
     cdef int value = 0
     cdef char peeked
     if action == m.DISCARD:
+        most = m.allowance(&e.c)
         while True:
-            if e.c.want > 0:
-                n = lx_discard(e.fd, e.c.want, e.family == LX_TCP)
+            if most > 0:
+                n = lx_discard(e.fd, most, e.c.family == LX_TCP)
             else:
                 n = recv(e.fd, &peeked, 1, MSG_PEEK | MSG_DONTWAIT)
             if n > 0:
@@ -56,7 +64,7 @@ cdef int perform(Entry *e, int action, long long *amount) noexcept nogil:
                 return m.FIN
             if errno == EAGAIN:
                 return m.EMPTY
-            if errno == ECONNRESET and e.family == LX_TCP and lx_never_heard(e.fd):
+            if errno == ECONNRESET and e.c.family == LX_TCP and lx_never_heard(e.fd):
                 return m.UNCONNECTED  # not the peer's doing: our shutdown ended an attempt to connect
             if errno != EINTR:
                 return trouble(errno, amount)
@@ -64,25 +72,25 @@ cdef int perform(Entry *e, int action, long long *amount) noexcept nogil:
         return m.HALF_CLOSED if shutdown(e.fd, SHUT_WR) == 0 else trouble(errno, amount)
     if action == m.COUNT:
         amount[0] = 0
-        if e.family == LX_LOCAL:
+        if e.c.family == LX_LOCAL:
             return m.COUNTED  # what the kernel took is already in the peer's queue (unix(7))
-        queue = lx_send_queue(e.fd) if e.family == LX_TCP else -1
+        queue = lx_send_queue(e.fd) if e.c.family == LX_TCP else -1
         if queue == -2:
             return trouble(errno, amount)
         amount[0] = queue
         if e.c.state == m.LEAVING:
-            e.c.never_sent = lx_never_sent(e.fd)
+            e.c.never_sent = min(2, lx_never_sent(e.fd)) if queue != 0 else 0
         return m.COUNTED
     if action == m.SEND:
         while True:
             # MSG_MORE keeps the last bytes back until the shutdown that follows: FIN rides on them.
-            n = send(e.fd, e.rest - e.c.unsent, e.c.unsent, MSG_DONTWAIT | MSG_NOSIGNAL | MSG_MORE)
+            n = send(e.fd, e.kept.rest - e.c.unsent, e.c.unsent, MSG_DONTWAIT | MSG_NOSIGNAL | MSG_MORE)
             if n >= 0:
                 amount[0] = n
                 return m.SENT
             if errno == EAGAIN:
                 return m.NO_ROOM
-            if errno == EPIPE and e.family == LX_TCP:
+            if errno == EPIPE and e.c.family == LX_TCP:
                 # EPIPE tells little. There is no connection, or not any more: recv(2) knows which.
                 value = lx_tcp_state(e.fd)
                 if value == LX_CLOSE or value == LX_LISTEN:
@@ -119,8 +127,8 @@ cdef void finish(Entry *e, int action) noexcept nogil:
         lx_linger(fd, 0, 0)
     if action == m.CLOSE_SHORT:
         lx_no_time_wait(fd)
-    elif e.user_timeout >= 0 and e.family == LX_TCP and e.c.outcome != m.PEER_CLOSED and e.c.outcome != m.ACKED:
-        lx_user_timeout(fd, e.user_timeout)
+    elif e.kept.user_timeout >= 0 and e.c.family == LX_TCP and e.c.outcome != m.PEER_CLOSED and e.c.outcome != m.ACKED:
+        lx_user_timeout(fd, e.kept.user_timeout)
     # EINTR: the descriptor is free all the same (close(2), Linux), and a second close could hit another's.
     c_close(fd)
 

@@ -7,7 +7,7 @@ signatures against these. No body may live here.
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from ._status import TcpStatus
@@ -15,6 +15,9 @@ from .policy import Policy
 from .report import Report
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+    from threading import Thread
+
     from typing_extensions import Buffer
 
 OFFERS = (
@@ -138,3 +141,94 @@ def tcp_status(sock: socket.socket) -> TcpStatus:
     Sources: tcp(7) TCP_INFO, SIOCOUTQ, SIOCINQ; RFC 9293 3.3.2.
     """
     raise NotImplementedError
+
+
+class Loop:
+    """What a `Closer` has, and its thread runs: takes sockets over at once, and closes them in `run`.
+
+    policy: for sockets that come without one. max_pending, max_buffered, on_full (its place in ON_FULL), collect (ns):
+        as for `Closer`, and checked by it.
+    start: called with the loop when a socket comes and `thread` is None; starts a thread that calls `run`.
+
+    Knows nothing of the Closer, which may be gone while the thread still works. Raises OSError without an fd for it.
+    """
+
+    policy: Policy
+    thread: Thread | None
+    name: str
+    exit_timeout: int
+
+    def __init__(
+        self,
+        policy: Policy,
+        max_pending: int,
+        max_buffered: int,
+        on_full: int,
+        collect: int,
+        start: Callable[[Loop], None],
+    ) -> None:
+        raise NotImplementedError
+
+    def intake(self) -> Intake:
+        """Where sockets are handed over."""
+        raise NotImplementedError
+
+    def counters(self) -> tuple[int, int, int, int, tuple[int, ...], tuple[int, ...], int]:
+        """Of one moment, in the order of `Stats`: outcomes by their codes, times by bucket, the total in ns."""
+        raise NotImplementedError
+
+    def is_open(self) -> bool:
+        """Whether it takes sockets."""
+        raise NotImplementedError
+
+    def when_idle(self, call: Callable[[], object]) -> None:
+        """Call `call` once, as soon as nothing is pending and all futures know: from the thread, or here and now."""
+        raise NotImplementedError
+
+    def forget(self, call: Callable[[], object]) -> None:
+        """What was given to `when_idle` need not be called any more."""
+        raise NotImplementedError
+
+    def run(self) -> None:
+        """Until `stop` was called and everything is closed. What the loop itself has opened is closed then."""
+        raise NotImplementedError
+
+    def stop(self, timeout: int) -> None:
+        """Take no more sockets; those in flight have `timeout` ns, or for -1 what their policies give them.
+
+        Of several calls the earliest deadline counts. Never waits.
+        """
+        raise NotImplementedError
+
+    def before_fork(self) -> None:
+        """Until one of the other two is called, nothing moves."""
+        raise NotImplementedError
+
+    def after_fork_in_parent(self) -> None:
+        """Go on."""
+        raise NotImplementedError
+
+    def after_fork_in_child(self) -> None:
+        """The sockets are the parent's: give back the copies of their fds, and start afresh."""
+        raise NotImplementedError
+
+
+class Intake:
+    """Hands sockets to a `Loop`, which takes no more when nobody holds its Intake any longer.
+
+    A bound method holds it too, so that `close = closer.close` is all that a hot loop needs to keep.
+    """
+
+    def close(self, sock: socket.socket, policy: Policy | None = None) -> None:
+        """As `Closer.close`."""
+        raise NotImplementedError
+
+    def send_and_close(self, sock: socket.socket, data: Buffer, policy: Policy | None = None) -> bool:
+        """As `Closer.send_and_close`."""
+        raise NotImplementedError
+
+    def submit(
+        self, future: Future[Report], sock: socket.socket, data: Buffer | None, policy: Policy | None
+    ) -> Report | None:
+        """Hand over; `future` gets the Report, unless it is returned because the socket is closed already."""
+        raise NotImplementedError

@@ -6,10 +6,12 @@
 #define LINGERX_PLATFORM_H
 
 #include <errno.h>
+#include <fcntl.h>
 #include <limits.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <poll.h>
+#include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
@@ -20,6 +22,7 @@
 #ifdef __linux__
 #include <linux/sockios.h>
 #include <sys/epoll.h>
+#include <sys/eventfd.h>
 #endif
 #ifdef __FreeBSD__
 #include <sys/filio.h>
@@ -234,6 +237,24 @@ static inline int lx_edge_add(int waiter, int fd, unsigned int place) {
     memset(&event, 0, sizeof event);
     event.events = EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLET;
     event.data.u32 = place;
+    if (epoll_ctl(waiter, EPOLL_CTL_ADD, fd, &event) == 0)
+        return 0;
+    /* EEXIST: a socket with this number was closed before, and a copy of it keeps it in the set (epoll(7)). */
+    return errno == EEXIST ? epoll_ctl(waiter, EPOLL_CTL_MOD, fd, &event) : -1;
+#else
+    (void)waiter, (void)fd, (void)place;
+    errno = ENOSYS;
+    return -1;
+#endif
+}
+
+/* For what lx_wake_open has made: reported until lx_wake_seen. */
+static inline int lx_edge_add_waker(int waiter, int fd, unsigned int place) {
+#ifdef __linux__
+    struct epoll_event event;
+    memset(&event, 0, sizeof event);
+    event.events = EPOLLIN;
+    event.data.u32 = place;
     return epoll_ctl(waiter, EPOLL_CTL_ADD, fd, &event);
 #else
     (void)waiter, (void)fd, (void)place;
@@ -256,6 +277,52 @@ static inline int lx_edge_wait(int waiter, unsigned int *places, int most, long 
     errno = ENOSYS;
     return -1;
 #endif
+}
+
+/* Marks that several threads may set and read at the same time. */
+static inline int lx_marked(unsigned char *mark) {
+    return __atomic_load_n(mark, __ATOMIC_RELAXED);
+}
+
+static inline void lx_mark(unsigned char *mark, int on) {
+    __atomic_store_n(mark, (unsigned char)on, __ATOMIC_RELAXED);
+}
+
+/* What makes another thread's wait end: fds[0] is readable after lx_wake(fds[1]). Returns 0, or -1. */
+static inline int lx_wake_open(int fds[2]) {
+#ifdef __linux__
+    fds[0] = fds[1] = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    return fds[0] < 0 ? -1 : 0;
+#else
+    int i;
+    if (pipe(fds) != 0)
+        return -1;
+    for (i = 0; i < 2; i++) {
+        fcntl(fds[i], F_SETFD, FD_CLOEXEC);
+        fcntl(fds[i], F_SETFL, O_NONBLOCK);
+    }
+    return 0;
+#endif
+}
+
+static inline void lx_wake(int fd) {
+    unsigned long long one = 1;
+    ssize_t n = write(fd, &one, sizeof one);
+    (void)n; /* full: it is awake already */
+}
+
+static inline void lx_wake_seen(int fd) {
+    char many[64];
+    ssize_t n = read(fd, many, sizeof many);
+    (void)n;
+}
+
+static inline void lx_wake_close(int fds[2]) {
+    if (fds[0] >= 0)
+        close(fds[0]);
+    if (fds[1] >= 0 && fds[1] != fds[0])
+        close(fds[1]);
+    fds[0] = fds[1] = -1;
 }
 
 #endif

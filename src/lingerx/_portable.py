@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 
 from . import _arguments, _offers, _sockopt, _tls
 from ._arguments import check_policy, check_socket
+from ._portable_closer import Intake as Intake
+from ._portable_closer import Loop as Loop
 from ._portable_crowd import Closing, Crowd
 from ._status import TcpStatus
 from .policy import ABORT, DRAIN, FLUSH, Abort, Drain, Policy

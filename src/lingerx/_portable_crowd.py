@@ -1,7 +1,8 @@
 """Performs and waits: one socket that closes, and a crowd of them, for everything in the portable engine.
 
 A `Closing` performs what the machine answers, with the standard library's modules over system calls; a `Crowd`
-waits for what the machine wants, for one socket as for many. Nothing is decided here, and arguments are not checked.
+waits for what the machine wants, for one socket as for many, for a given number as for those that come and go while
+it runs. Nothing is decided here, arguments are not checked, and no thread is known.
 
 After SHUT_WR a socket is always "writable", so poll(2) cannot wait for an ACK. Edge-triggered epoll with EPOLLOUT
 can: its edge comes when the kernel has seen our FIN ACKed (epoll(7); measured). Where there is no epoll, or none
@@ -21,6 +22,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
 from . import _machine as m
 from . import _sockopt
@@ -29,11 +31,23 @@ from ._sockopt import NO_SOCKET
 from .policy import ABORT, DRAIN, KERNEL_LINGER, Policy
 from .report import Outcome, Report
 
+if TYPE_CHECKING:
+    from typing import Protocol
+
+    class Waker(Protocol):
+        """Whatever can call a waiting crowd."""
+
+        def fileno(self) -> int: ...
+        def hear(self) -> None: ...
+
+
 __all__ = ["Closing", "Crowd"]
 
 # _machine.py has its types in a file of its own.
 begin: Callable[..., None] = m.begin
 advance: Callable[..., int] = m.advance
+allowance: Callable[..., int] = m.allowance
+look_often: Callable[..., None] = m.look_often
 
 OUTCOMES = tuple(Outcome)
 
@@ -60,7 +74,7 @@ class Closing(Hold):
     __slots__ = (
         *("abort", "broken", "budget", "deadline", "drained", "error", "fin_queued", "goal", "heard", "idle", "local"),
         *("lost", "max_bytes", "never_sent", "outcome", "patience", "polled", "queue_empty", "short", "started"),
-        *("state", "unacked", "unsent", "wake_at", "want", "wants"),
+        *("state", "unacked", "unsent", "wake_at", "wants"),
         *("data", "policy", "report", "tcp", "timer", "waiting", "watched"),
     )
 
@@ -68,7 +82,7 @@ class Closing(Hold):
         super().__init__(wrapper, fd)
         self.drained = self.error = self.fin_queued = self.local = self.lost = self.outcome = self.patience = 0
         self.abort = self.deadline = 0
-        self.polled = self.state = self.unacked = self.unsent = self.wake_at = self.want = self.wants = 0
+        self.polled = self.state = self.unacked = self.unsent = self.wake_at = self.wants = 0
         self.started = -1  # until its begin, of which `wake_at` is the time
         self.policy = policy
         self.tcp = False
@@ -109,8 +123,9 @@ class Closing(Hold):
         """One call that cannot block. Returns what to tell the machine: an event and its amount."""
         try:
             if action == m.DISCARD:
-                flags = DONTWAIT if self.want else DONTWAIT | socket.MSG_PEEK
-                got = self.raw.recv_into(WASTE, min(self.want, len(WASTE)) or 1, flags)
+                most = allowance(self)
+                flags = DONTWAIT if most else DONTWAIT | socket.MSG_PEEK
+                got = self.raw.recv_into(WASTE, min(most, len(WASTE)) or 1, flags)
                 return (m.INPUT, got) if got else (m.FIN, 0)
             if action == m.HALF_CLOSE:
                 self.raw.shutdown(socket.SHUT_WR)
@@ -198,6 +213,9 @@ class Edges:
             self.epoll.register(c.fd, select.EPOLLIN | select.EPOLLOUT | select.EPOLLRDHUP | select.EPOLLET)
             c.watched = 1
 
+    def listen(self, waker: Waker) -> None:
+        self.epoll.register(waker.fileno(), select.EPOLLIN)
+
     def forget(self, c: Closing) -> None:
         if c.watched:  # a copy of the fd elsewhere would keep it in the set
             with suppress(OSError):
@@ -230,6 +248,9 @@ class Levels:
             self.selector.register(c.fd, events)
         c.watched = events
 
+    def listen(self, waker: Waker) -> None:
+        self.selector.register(waker.fileno(), selectors.EVENT_READ)
+
     def forget(self, c: Closing) -> None:
         if c.watched:
             self.selector.unregister(c.fd)
@@ -240,7 +261,7 @@ class Levels:
             try:
                 return [key.fd for key, _ in self.selector.select(seconds)]
             except ValueError:  # Windows: select takes 512 at most; look at all of them from time to time
-                seconds = min(seconds, m.OFTEN_MOST / 1e9)
+                seconds = min(seconds, m.OFTEN_MOST / 1e3)
         time.sleep(seconds)
         return watched
 
@@ -249,17 +270,27 @@ class Levels:
 
 
 class Crowd:
-    """Sockets that close at the same time, each by its own limits and all at `end` (ns; -1: none) at the latest."""
+    """Sockets that close at the same time, each by its own limits and all at `end` (ns; -1: none) at the latest.
 
-    def __init__(self, end: int = -1) -> None:
+    waker: readable when somebody wants `wait` to return, until it was heard. Borrows. Who waits for it waits long:
+        then OSError is raised where there is no fd left to do that rightly.
+    """
+
+    def __init__(self, end: int = -1, waker: Waker | None = None) -> None:
         self.by_fd: OrderedDict[int, Closing] = OrderedDict()
         """Those that are not closed yet, in the order in which they came."""
+        self.ended: list[Closing] = []
+        """Those that are, until whoever wants to know takes them away."""
         self.again: list[Closing] = []
         """Those whose turn was over before their input."""
         self.end = end
         self.timers: list[tuple[float, int, Closing]] = []
         self.count = itertools.count()
+        self.waker = waker
         self.waiter: Edges | Levels | None = None
+        if waker is not None:
+            self.waiter = Edges() if hasattr(select, "epoll") else Levels()
+            self.waiter.listen(waker)
 
     def admit(self, c: Closing) -> None:
         """Owns. Its first turn comes at `wake_at`, or by `turn`."""
@@ -293,7 +324,10 @@ class Crowd:
         c.waiting = False
         if c.started < 0:
             c.begin(self.end, not hasattr(select, "epoll") if self.waiter is None else self.waiter.polled)
-            seen = m.BEGUN
+            if seen == m.WOKEN:
+                seen = m.BEGUN
+            elif seen != m.BEGUN:
+                advance(c, m.BEGUN, 0, c.started)  # which asks for what somebody has done already
         while True:
             action = advance(c, seen, amount, time.monotonic_ns())
             if action == m.WAIT:
@@ -307,6 +341,7 @@ class Crowd:
                     self.waiter.forget(c)
                 c.timer = math.inf
                 del self.by_fd[c.fd]
+                self.ended.append(c)
                 c.finish(action)
                 return
             seen, amount = c.perform(action)
@@ -316,13 +351,12 @@ class Crowd:
         if self.waiter is None:
             self.waiter = _open_waiter()
         if self.waiter.polled and not c.polled:
-            c.polled, c.patience = 1, m.OFTEN
-            c.wake_at = min(c.wake_at, time.monotonic_ns() + m.OFTEN)
+            look_often(c, time.monotonic_ns())
         try:
             self.waiter.watch(c)
         except (OSError, KeyError):
             # ENOMEM, ENOSPC, or the number is not ours any more, as a look at it will show.
-            c.wake_at = min(c.wake_at, time.monotonic_ns() + m.OFTEN_MOST)
+            c.wake_at = min(c.wake_at, time.monotonic_ns() + m.OFTEN_MOST * m.MS)
         self.set_timer(c)
 
     def set_timer(self, c: Closing) -> None:
@@ -345,12 +379,14 @@ class Crowd:
         return min(max(0.0, (self.timers[0][0] - time.monotonic_ns()) / 1e9), LONGEST_WAIT)
 
     def wait(self, seconds: float) -> list[Closing]:
-        """Wait until it is somebody's turn, or look once for 0.0; returns whose."""
+        """Wait until it is somebody's turn, or look once for 0.0; returns whose. A call of the waker ends it too."""
         ready = []
         if self.waiter is not None:
             for fd in self.look(seconds):
                 c = self.by_fd.get(fd)
-                if c is not None and c.waiting:
+                if c is None:
+                    self.hear()
+                elif c.waiting:
                     c.waiting = False
                     ready.append(c)
         elif seconds:
@@ -377,8 +413,12 @@ class Crowd:
             if not self.waiter.polled:
                 raise  # somebody has closed our epoll descriptor, which select.epoll cannot let go of
             # poll(2) refuses (more sockets than RLIMIT_NOFILE, ENOMEM): look at all of them, but not often.
-            time.sleep(min(seconds, m.OFTEN_MOST / 1e9))
+            time.sleep(min(seconds, m.OFTEN_MOST / 1e3))
             return list(self.by_fd)
+
+    def hear(self) -> None:
+        if self.waker is not None:
+            self.waker.hear()
 
 
 def _open_waiter() -> Edges | Levels:

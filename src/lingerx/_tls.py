@@ -36,7 +36,7 @@ from .report import Outcome, Report
 if TYPE_CHECKING:
     from ssl import SSLSocket
 
-__all__ = ["is_tls", "say_goodbye", "send_and_close"]
+__all__ = ["check_unencrypted", "is_tls", "say_goodbye", "send_and_close"]
 
 # What OpenSSL makes one record of (RFC 8446 5.1): a bigger write is cut up there, with no saying how far it got.
 RECORD = 16 * 1024
@@ -57,6 +57,17 @@ def is_tls(sock: socket.socket) -> TypeGuard[SSLSocket]:
     """Whether there is a TLS session to end: an ssl.SSLSocket whose handshake is done. Borrows."""
     ssl = sys.modules.get("ssl")
     return ssl is not None and isinstance(sock, ssl.SSLSocket) and sock.version() is not None
+
+
+def check_unencrypted(sock: socket.socket) -> None:
+    """Raises ValueError for an SSLSocket with a session: its data cannot be sent in the background. Borrows.
+
+    The session ends where the fd is taken, and what OpenSSL cannot write now nobody could encrypt later.
+    """
+    if is_tls(sock):
+        raise ValueError(
+            "the data of a TLS socket can't be sent in the background: call sock.sendall(data), then close(sock)"
+        )
 
 
 def say_goodbye(sock: SSLSocket) -> None:
