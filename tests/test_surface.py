@@ -24,10 +24,11 @@ DOCUMENTED = {
     *("Report", "Outcome", "TcpStatus"),
     *("close", "close_fd", "close_all", "send_and_close", "abort", "closing"),
     *("set_linger", "get_linger", "tcp_status"),
+    *("Closer", "Stats", "default_closer"),
     "engine",
 }
 
-TIMES = {"timeout", "idle_timeout", "user_timeout", "seconds", "spread", "elapsed"}
+TIMES = {"timeout", "idle_timeout", "user_timeout", "seconds", "spread", "elapsed", "collect", "exit_timeout"}
 """Names of parameters and properties whose unit must be told."""
 
 HEAVY = ("asyncio", "ssl", "rich", "click", "dataclasses", "inspect")
@@ -122,7 +123,7 @@ def test_help_shows_the_arguments_of_a_policy(policy: type[lingerx.Policy]) -> N
     assert tuple(inspect.signature(policy).parameters) == policy.__match_args__
 
 
-@pytest.mark.parametrize("name", ["Report", "Outcome", "TcpStatus", "closing"])
+@pytest.mark.parametrize("name", ["Report", "Outcome", "TcpStatus", "closing", "Closer", "Stats"])
 def test_what_a_type_shows_is_documented(name: str) -> None:
     members = [value for key, value in vars(getattr(lingerx, name)).items() if not key.startswith("_")]
     assert [member for member in members if not inspect.getdoc(member)] == []

@@ -9,8 +9,12 @@ from __future__ import annotations
 import socket
 import ssl
 from collections.abc import Iterable
+from concurrent.futures import Future
+
+from prometheus_client import CollectorRegistry
 
 import lingerx
+import lingerx.prometheus
 
 
 def choose(policies: Iterable[lingerx.Policy]) -> lingerx.Policy:
@@ -88,6 +92,45 @@ def ask(sock: socket.socket) -> lingerx.TcpStatus:
     return status
 
 
+def in_the_background(sock: socket.socket, tls: ssl.SSLSocket, policy: lingerx.Policy) -> lingerx.Stats:
+    options = lingerx.Closer(
+        policy, max_pending=1000, on_full="shed_oldest", max_buffered=0, collect=0.001, exit_timeout=1, name="mine"
+    )
+    options.shutdown(timeout=0)
+    with lingerx.Closer() as closer:
+        closer.close(sock)
+        closer.close(tls, policy)
+        closer.close_all({sock, tls}, policy=lingerx.Flush())
+        whole: bool = closer.send_and_close(sock, bytearray(b"bye"), policy)
+        future: Future[lingerx.Report] = closer.submit(sock)
+        print(whole, read(future.result(timeout=3.0)), read(closer.submit(sock, policy, data=b"bye").result()))
+        pending: int = closer.pending
+        same: lingerx.Policy = closer.policy
+        idle: bool = closer.join() or closer.join(timeout=1.5)
+        print(pending, same, idle)
+    return closer.shutdown()
+
+
+def count(stats: lingerx.Stats) -> float:
+    sockets: int = stats.handed_over + stats.pending
+    amount: int = stats.buffered + stats.drained
+    timed_out: int = stats.outcomes[lingerx.Outcome.TIMED_OUT]
+    slow: int = sum(times for bound, times in stats.linger_times.items() if bound > 1.0)
+    print(sockets, amount, timed_out, slow)
+    return stats.total_linger_time
+
+
+def expose() -> str | None:
+    closer: lingerx.Closer = lingerx.default_closer()
+    collector: lingerx.prometheus.CloserCollector = lingerx.prometheus.register(closer)
+    collector.add(lingerx.Closer(), "other")
+    collector.remove("other")
+    registry = CollectorRegistry()
+    registry.register(lingerx.prometheus.CloserCollector(closer, name="mine"))
+    lingerx.prometheus.register(closer, "other", registry)
+    return next((metric.name for metric in collector.collect()), None)
+
+
 def refused(sock: socket.socket, report: lingerx.Report) -> None:
     lingerx.close(sock.fileno())  # type: ignore[arg-type]
     lingerx.close(sock, 3.0)  # type: ignore[arg-type]
@@ -100,4 +143,7 @@ def refused(sock: socket.socket, report: lingerx.Report) -> None:
     lingerx.Flush(max_bytes=1.5)  # type: ignore[arg-type]
     lingerx.KernelLinger(1.5)  # type: ignore[arg-type]
     lingerx.set_linger(sock, None)  # type: ignore[arg-type]
+    lingerx.default_closer().close(sock.fileno())  # type: ignore[arg-type]
+    lingerx.default_closer().send_and_close(sock, None)  # type: ignore[arg-type]
+    lingerx.default_closer().pending = 3  # type: ignore[misc]
     report.drained = 3  # type: ignore[misc]
