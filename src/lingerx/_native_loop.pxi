@@ -392,12 +392,14 @@ cdef void hurry(LoopState *s, long long stop_at, long long stop_time) noexcept n
 cdef void take_inbox(LoopState *s) noexcept nogil:
     # Into `spare`, when there is room for all of it, which there is afterwards. Returns with `lock`.
     cdef Inbox taken
+    cdef int n
     while True:
         pthread_mutex_lock(&s.lock)
-        if s.w.alive == 0 or s.w.alive + s.inbox.size <= s.max_pending:
+        n = s.inbox.size
+        if s.w.alive == 0 or s.w.alive + n <= s.max_pending:
             break
         pthread_mutex_unlock(&s.lock)
-        shed_oldest(s, s.inbox.size)
+        shed_oldest(s, n)
     taken = s.inbox
     s.inbox = s.spare
     s.spare = taken
