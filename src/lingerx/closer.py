@@ -135,9 +135,8 @@ class Closer:
         sock: as for `lingerx.close`, but without TLS. data: any C-contiguous bytes-like object; bytes are kept by
             reference while they are being sent, anything else is copied. policy: Drain or Flush; None for the closer's.
 
-        Returns True when all of `data` was taken, by the kernel or by the closer; False when there was no room
-        (`max_pending` with on_full="background", `max_buffered`) and some of it was dropped, or when the socket was
-        closed already.
+        Returns True when all of `data` was taken, by the kernel or by the closer; False when some of it was dropped:
+        there was no room (`max_pending` with on_full="background", `max_buffered`), or the socket was closed already.
 
         Raises as `close` does, and ValueError for an ssl.SSLSocket (call its sendall, then `close`) and for a
         policy without a deadline; TypeError for data that is not bytes-like. The socket is then untouched.
