@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import socket
 import threading
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from concurrent.futures import Future
 from contextlib import ExitStack
 from functools import partial
 from itertools import chain
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pytest
 
@@ -18,6 +19,9 @@ from conformance import facts
 from connections import DEADLINE, SMALL_BUFFERS, Ending, PairMaker, identity, still_open
 from lingerx import Drain, Outcome, Report
 from peers import Call, Polite
+
+if TYPE_CHECKING:
+    from lingerx import Closer
 
 T = TypeVar("T")
 THREADS = 8
@@ -229,3 +233,35 @@ def test_many_closers(closers: CloserMaker, tcp: PairMaker) -> None:
     for closer, future in zip(many, futures, strict=True):
         assert future.result(DEADLINE).outcome is Outcome.PEER_CLOSED
         assert nonzero(closer.stats()) == {Outcome.PEER_CLOSED: 1}
+
+
+class HandsOver:
+    """Garbage that ends by handing over a socket, as a makefile() object of an adapter's socket does."""
+
+    def __init__(self, closer: Closer, sock: socket.socket) -> None:
+        self.closer, self.sock, self.me = closer, sock, self
+
+    def __del__(self) -> None:
+        self.closer.close(self.sock)
+
+
+def test_garbage_is_collected_while_the_thread_is_started(
+    closers: CloserMaker, unix_pair: PairMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closer = closers(LONG)
+    (first, first_peer), (second, second_peer) = unix_pair(), unix_pair()
+    make = threading.Thread.__init__
+
+    def collect_and_make(*arguments: Any, **options: Any) -> None:
+        gc.collect()
+        make(*arguments, **options)
+
+    HandsOver(closer, second)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "__init__", collect_and_make)
+        closer.close(first)
+    assert second.fileno() == -1
+    first_peer.close()
+    second_peer.close()
+    assert closer.join(DEADLINE)
+    assert nonzero(closer.stats()) == {Outcome.PEER_CLOSED: 2}

@@ -106,7 +106,7 @@ class Closer:
         )
         loop.exit_timeout = seconds_to_ns("exit_timeout", exit_timeout)
         loop.name = str(name)
-        with _starting:
+        with _listing:
             _loops.add(loop)
         self._loop = loop
         self._intake = intake = loop.intake()
@@ -251,38 +251,55 @@ def _half_of_all_fds() -> int:
 _loops: weakref.WeakSet[Loop] = weakref.WeakSet()
 """Those of all closers, and of closers that are gone as long as their threads run."""
 
-_starting = threading.RLock()  # reentrant: a signal handler may want what its thread was just asking for
+# Both are reentrant: a signal handler, or the garbage collector, may want what its thread was just asking for. The
+# first is held by starters alone: it may happen in the middle of anything else that a socket is handed over and a
+# thread is needed.
+_starting = threading.RLock()
+_listing = threading.RLock()
+_this_thread = threading.local()
 
 
 def _start(loop: Loop) -> None:
     # By a thread of its own: a signal handler that raises in the middle of Thread.start would leave nobody knows what
     # behind, and handlers run in the main thread only. (The call below has happened, or it has not.)
+    if getattr(_this_thread, "is_starter", False):  # the garbage collector has come in between
+        _start_here(loop)
+        return
     done = _thread.allocate_lock()
     done.acquire()
     trouble: list[BaseException] = []
-    _thread.start_new_thread(_start_once, (loop, done, trouble))
+    _thread.start_new_thread(_starter, (loop, done, trouble))
     done.acquire()
     if trouble:
         raise trouble[0]
 
 
-def _start_once(loop: Loop, done: _thread.LockType, trouble: list[BaseException]) -> None:
+def _starter(loop: Loop, done: _thread.LockType, trouble: list[BaseException]) -> None:
     try:
+        _this_thread.is_starter = True
         if hasattr(signal, "pthread_sigmask"):  # not on Windows
             signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # a thread inherits that
-        with _starting:
-            if _exiting:
-                raise RuntimeError("the interpreter exits: nobody would wait for a closer; the socket is untouched")
-            if loop.thread is None:
-                _at_exit_of_multiprocessing()
-                # A daemon: the interpreter must not wait for it before our own, bounded exit has run.
-                thread = threading.Thread(target=loop.run, name=loop.name, daemon=True)
-                thread.start()
-                loop.thread = thread
+        _start_here(loop)
     except BaseException as error:
         trouble.append(error)
     finally:
         done.release()
+
+
+def _start_here(loop: Loop) -> None:
+    with _starting:
+        if _exiting:
+            raise RuntimeError("the interpreter exits: nobody would wait for a closer; the socket is untouched")
+        _at_exit_of_multiprocessing()
+        # A daemon: the interpreter must not wait for it before our own, bounded exit has run.
+        thread = threading.Thread(target=loop.run, name=loop.name, daemon=True)
+        if loop.thread is None:
+            loop.thread = thread
+            try:
+                thread.start()
+            except BaseException:
+                loop.thread = None
+                raise
 
 
 def _join(loop: Loop, end: int) -> None:
@@ -298,10 +315,14 @@ _default: Closer | None = None
 def default_closer() -> Closer:
     """One closer, with the defaults, for all who ask; made when the first one does, and made anew after a shutdown."""
     global _default
-    with _starting:
-        if _default is None or not (_exiting or _default._loop.is_open()):
-            _default = Closer()
-        return _default
+    while True:
+        closer = _default
+        if closer is not None and (_exiting or closer._loop.is_open()):
+            return closer
+        new = Closer()
+        with _listing:
+            if _default is closer:  # else somebody else was quicker
+                _default = new
 
 
 # Exit -----------------------------------------------------------------------------------------------------
@@ -313,8 +334,8 @@ _exiting = False
 def _at_exit() -> None:
     # Side by side: first all are told, then all are waited for.
     global _exiting
-    with _starting:
-        _exiting = True
+    _exiting = True
+    with _listing:
         loops = list(_loops)
     for loop in loops:
         loop.stop(loop.exit_timeout)
@@ -338,7 +359,7 @@ _forking: list[Loop] = []
 
 
 def _before_fork() -> None:
-    with _starting:
+    with _listing:
         _forking[:] = _loops
     for loop in _forking:
         loop.before_fork()
@@ -351,8 +372,8 @@ def _after_in_parent() -> None:
 
 
 def _after_in_child() -> None:
-    global _starting
-    _starting = threading.RLock()  # another thread may have held it
+    global _starting, _listing
+    _starting, _listing = threading.RLock(), threading.RLock()  # other threads may have held them
     for loop in _forking:
         loop.thread = None
         loop.after_fork_in_child()
