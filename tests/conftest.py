@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, cast
 
 import pytest
 
-pytest.register_assert_rewrite("closers", "conformance", "connections", "peers")
+pytest.register_assert_rewrite("closers", "conformance", "connections", "peers", "refusals")
 
 from closers import CloserMaker, closer_over, ended_afterwards  # noqa: E402
 from connections import Pair, PairMaker, connect, unix_socketpair, wait_until  # noqa: E402

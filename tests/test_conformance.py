@@ -1,14 +1,20 @@
-"""The engines' own closers, held to what every closer must do."""
+"""The engines' own closers, and the adapters, held to what every closer must do."""
 
 from __future__ import annotations
 
 import socket
+import socketserver
+from collections.abc import Iterator
+from concurrent.futures import Future
+from typing import Any
 
 import pytest
 
+from closers import closer_over, ended_afterwards
 from conformance import Closer, Engine, Graceful, Immediate
-from connections import PairMaker
-from lingerx import Policy, Report
+from connections import DEADLINE, PairMaker
+from lingerx import LingerSocket, Policy, Report
+from lingerx.socketserver import LingeringMixIn
 
 
 @pytest.fixture(params=["close", "close_fd", "close_all_of_one", "close_all_of_several"])
@@ -51,3 +57,54 @@ class TestSendingAndClosing(Graceful):
     @pytest.fixture
     def closer(self, engine: Engine) -> Closer:
         return lambda sock, policy: engine.send_and_close(sock, b"", policy)
+
+
+@pytest.fixture
+def reporting(engine_name: str) -> Iterator[Any]:
+    """A background closer that keeps the future of what an adapter hands over."""
+
+    def close(self: Any, sock: socket.socket, policy: Policy | None = None) -> None:
+        self.future = self.submit(sock, policy)
+
+    with ended_afterwards(type("Reporting", (closer_over(engine_name),), {"close": close})) as make:
+        yield make()
+
+
+def report_of(reporting: Any) -> Report:
+    future: Future[Report] = reporting.future
+    return future.result(2 * DEADLINE)
+
+
+class TestSocketsThatLinger(Graceful):
+    """The plain close() of what a listener accepts."""
+
+    @pytest.fixture
+    def closer(self, reporting: Any) -> Closer:
+        def close(sock: socket.socket, policy: Policy) -> Report:
+            if sock.fileno() < 0:  # close() has nothing to hand over, and nobody hears of that
+                reporting.close(sock)
+                return report_of(reporting)
+            conn = LingerSocket(sock.family, sock.type, sock.proto, sock.detach())
+            conn.policy, conn.closer = policy, reporting
+            conn.close()
+            return report_of(reporting)
+
+        return close
+
+
+class TestRequestsThatLinger(Graceful):
+    """What a server of socketserver does when a request is over."""
+
+    @pytest.fixture
+    def closer(self, reporting: Any) -> Closer:
+        class Server(LingeringMixIn, socketserver.TCPServer):
+            def __init__(self) -> None:
+                """It serves nobody."""
+
+        def close(sock: socket.socket, policy: Policy) -> Report:
+            server = Server()
+            server.policy, server.closer = policy, reporting
+            server.shutdown_request(sock)
+            return report_of(reporting)
+
+        return close

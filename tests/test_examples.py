@@ -32,11 +32,16 @@ pytestmark = [
 ]
 
 
+every_server = pytest.mark.parametrize(
+    "server", ["closer_server.py", "http_server.py", "asyncio_listener.py"], indirect=True
+)
+
+
 @pytest.fixture
-def server(engine_name: str) -> Iterator[subprocess.Popen[str]]:
-    """closer_server.py, which has yet to tell its port."""
+def server(engine_name: str, request: pytest.FixtureRequest) -> Iterator[subprocess.Popen[str]]:
+    """closer_server.py, or the one that the test names, which has yet to tell its port."""
     with subprocess.Popen(
-        [sys.executable, "-X", "dev", "-W", "error", EXAMPLES / "closer_server.py", "0"],
+        [sys.executable, "-X", "dev", "-W", "error", EXAMPLES / getattr(request, "param", "closer_server.py"), "0"],
         env={**os.environ, "LINGERX_ENGINE": engine_name},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -79,6 +84,7 @@ def end(server: subprocess.Popen[str]) -> str:
     return out
 
 
+@every_server
 def test_clients_that_write_everything_before_they_read(server: subprocess.Popen[str], stack: ExitStack) -> None:
     port = port_of(server)
     for _ in range(3):
@@ -89,6 +95,7 @@ def test_clients_that_write_everything_before_they_read(server: subprocess.Popen
     assert end(server) == "closed 3\n"
 
 
+@pytest.mark.parametrize("server", ["closer_server.py", "asyncio_listener.py"], indirect=True)
 def test_clients_that_say_nothing_or_go_away(server: subprocess.Popen[str], stack: ExitStack) -> None:
     port = port_of(server)
     connect(stack, port)
@@ -114,6 +121,7 @@ def test_sigterm_while_a_client_does_not_read(server: subprocess.Popen[str], sta
     assert EXIT_TIMEOUT <= time.monotonic() - began < EXIT_TIMEOUT + ENDING
 
 
+@every_server
 def test_sigterm_while_nothing_happens(server: subprocess.Popen[str]) -> None:
     port_of(server)
     began = time.monotonic()

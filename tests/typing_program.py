@@ -6,6 +6,7 @@ must refuse.
 
 from __future__ import annotations
 
+import http.server
 import socket
 import ssl
 from collections.abc import Iterable
@@ -15,6 +16,7 @@ from prometheus_client import CollectorRegistry
 
 import lingerx
 import lingerx.prometheus
+import lingerx.socketserver
 
 
 def choose(policies: Iterable[lingerx.Policy]) -> lingerx.Policy:
@@ -111,6 +113,33 @@ def in_the_background(sock: socket.socket, tls: ssl.SSLSocket, policy: lingerx.P
     return closer.shutdown()
 
 
+class Server(lingerx.socketserver.LingeringMixIn, http.server.ThreadingHTTPServer):
+    policy = lingerx.Drain(timeout=10.0)
+    closer = None
+    wait = False
+
+
+class Patient(lingerx.LingerSSLSocket):
+    policy = lingerx.Drain(timeout=60.0)
+
+
+def listen(context: ssl.SSLContext, closer: lingerx.Closer) -> lingerx.LingerSocket:
+    context.sslsocket_class = lingerx.LingerSSLSocket
+    context.sslsocket_class = Patient
+    with lingerx.create_server(("", 8000), policy=lingerx.Flush(), closer=closer, backlog=5) as listener:
+        conn, _ = listener.accept()
+        conn.policy = lingerx.Abort()
+        same: lingerx.LingerSocket = conn.dup()
+        same.close()
+    plain: socket.socket = lingerx.wrap_listener(
+        socket.create_server(("", 0)), policy=lingerx.KernelLinger(3), wait=True
+    )
+    plain.close()
+    server = Server(("", 8000), http.server.SimpleHTTPRequestHandler)
+    server.socket = lingerx.wrap_listener(server.socket)
+    return conn
+
+
 def count(stats: lingerx.Stats) -> float:
     sockets: int = stats.handed_over + stats.pending
     amount: int = stats.buffered + stats.drained
@@ -146,4 +175,7 @@ def refused(sock: socket.socket, report: lingerx.Report) -> None:
     lingerx.default_closer().close(sock.fileno())  # type: ignore[arg-type]
     lingerx.default_closer().send_and_close(sock, None)  # type: ignore[arg-type]
     lingerx.default_closer().pending = 3  # type: ignore[misc]
+    lingerx.create_server(("", 0), policy=3.0)  # type: ignore[arg-type]
+    lingerx.wrap_listener(sock.fileno())  # type: ignore[arg-type]
+    print(lingerx.LingerTLSSocket)  # type: ignore[attr-defined]
     report.drained = 3  # type: ignore[misc]

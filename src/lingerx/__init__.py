@@ -3,6 +3,8 @@
 The public names. No logic may live here.
 """
 
+import typing as _typing
+
 from ._closing import closing
 from ._engine import (
     abort,
@@ -17,8 +19,14 @@ from ._engine import (
 )
 from ._status import TcpStatus
 from .closer import Closer, Stats, default_closer
+from .listener import LingerSocket, create_server, wrap_listener
 from .policy import Abort, Background, Drain, Flush, KernelLinger, Policy, policy_from_linger
 from .report import Outcome, Report
+
+if _typing.TYPE_CHECKING:
+    from .listener import LingerSSLSocket
+else:
+    from .listener import __getattr__ as __getattr__  # LingerSSLSocket, when it is asked for: it imports ssl
 
 __version__ = "0.1.0"
 
@@ -29,6 +37,8 @@ __all__ = [
     "Drain",
     "Flush",
     "KernelLinger",
+    "LingerSSLSocket",
+    "LingerSocket",
     "Outcome",
     "Policy",
     "Report",
@@ -39,6 +49,7 @@ __all__ = [
     "close_all",
     "close_fd",
     "closing",
+    "create_server",
     "default_closer",
     "engine",
     "get_linger",
@@ -46,4 +57,5 @@ __all__ = [
     "send_and_close",
     "set_linger",
     "tcp_status",
+    "wrap_listener",
 ]
