@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import errno
+import socket
 from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from closers import LONG, MORE_THAN_FITS, CloserMaker, assert_adds_up, nonzero, outcomes
+from closers import LONG, MORE_THAN_FITS, CloserMaker, assert_adds_up, linux, nonzero, outcomes
 from connections import (
     A_LONG_LOOK,
     DEADLINE,
@@ -22,7 +23,7 @@ from connections import (
     still_open,
     wait_until,
 )
-from lingerx import Abort, Background, Outcome, Policy, Report
+from lingerx import Abort, Background, Drain, Outcome, Policy, Report
 from peers import read_to_end
 
 if TYPE_CHECKING:
@@ -197,6 +198,18 @@ def test_burst_closes_the_newest_in_the_background(closers: CloserMaker, tcp: Pa
         assert read_to_end(peer).error is None
     assert nonzero(closer.stats()) == {Outcome.SHED: 9 * MOST}
     assert closer.pending == MOST
+
+
+@linux
+def test_orphan_of_one_that_is_shed_at_once_dies_on_schedule(closers: CloserMaker, tcp: PairMaker) -> None:
+    """By the policy's user_timeout, as every socket that is left to the kernel."""
+    closer = closers(LONG, max_pending=1, on_full="background")
+    (first, _), (ours, _) = tcp(), tcp()
+    with ours.dup() as copy:  # which can still be asked when ours is closed
+        closer.close(first)
+        report = closer.submit(ours, Drain(user_timeout=1.5)).result(0)
+        assert report.outcome is Outcome.SHED
+        assert copy.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 1500
 
 
 @pytest.mark.parametrize("on_full", ["shed_oldest", "background", "abort_oldest"])

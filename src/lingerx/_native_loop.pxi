@@ -254,7 +254,10 @@ cdef void book_done(LoopState *s, const Done *d, long long held) noexcept nogil:
 
 cdef void shed_handed(LoopState *s, const Handed *h, Done *d) noexcept nogil:
     # Owns h.fd. For one that never came to the machine; without `lock`. d says what came of it.
-    lx_linger(h.fd, s.on_full == ABORTS_OLDEST, 0)
+    cdef bint aborts = s.on_full == ABORTS_OLDEST
+    lx_linger(h.fd, aborts, 0)
+    if not aborts and h.terms.user_timeout >= 0 and h.family == LX_TCP:
+        lx_user_timeout(h.fd, h.terms.user_timeout)
     c_close(h.fd)
     d[0] = Done(h.kept.parcel, 0, h.unsent or -1, lx_now() - h.now, m.SHED, 0, h.unsent > 0)
 
