@@ -565,6 +565,8 @@ def tcp_status(sock):
 
 
 include "_native_loop.pxi"
+include "_native_inbox.pxi"
+include "_native_fork.pxi"
 include "_native_closer.pxi"
 
 
