@@ -212,7 +212,7 @@ cdef bint signals_come_here() except -1:
 
 
 cdef inline Kept kept_for(const Terms *t, const char *rest) noexcept nogil:
-    return Kept(rest, t.user_timeout, 0, NULL)
+    return Kept(rest, t.user_timeout, 0, NULL, False)
 
 
 cdef Report close_one(int fd, int family, const Terms *t, const char *rest, long long unsent, long long started):

@@ -44,7 +44,8 @@ cdef class Parcel:
     cdef Kept kept
     cdef Py_buffer view
     cdef char *copy
-    cdef object future
+    cdef object future  # until it was told
+    cdef PyObject *loop  # to which it was handed; only for comparison
 
     def __dealloc__(self):
         self.let_go()
@@ -57,7 +58,7 @@ cdef class Parcel:
 
 
 # For all that have no parcel and no user timeout.
-cdef Kept NOTHING_KEPT = Kept(NULL, -1, 0, NULL)
+cdef Kept NOTHING_KEPT = Kept(NULL, -1, 0, NULL, False)
 
 
 cdef Report report_of_done(const Done *d):
@@ -65,11 +66,13 @@ cdef Report report_of_done(const Done *d):
 
 
 cdef void tell(Parcel parcel, const Done *d) noexcept:
+    cdef object future
     # What a callback raises is nothing that the caller could hear.
     if d.outcome == DATA_IS_SENT:
         parcel.let_go()
     elif parcel.future is not None:
-        parcel.future.set_result(report_of_done(d))
+        future, parcel.future = parcel.future, None
+        future.set_result(report_of_done(d))
 
 
 cdef void send_some(Handed *h, Parcel parcel, bint by_reference) noexcept nogil:
@@ -191,6 +194,7 @@ cdef class Loop:
         # Returns the Report when the socket is closed already, else None.
         cdef Handed h
         cdef Parcel parcel = None
+        cdef Report report
         cdef int fd
         if policy is None:
             h.terms = self.terms
@@ -211,8 +215,11 @@ cdef class Loop:
         h.family = family_of(sock)
         if data is not None or future is not None or (policy is not None and h.terms.user_timeout >= 0):
             parcel = Parcel.__new__(Parcel)
-            parcel.kept = Kept(NULL, h.terms.user_timeout, 0, <PyObject *> parcel)
-            parcel.future = future
+            parcel.kept = Kept(NULL, h.terms.user_timeout, 0, <PyObject *> parcel, False)
+            parcel.loop = <PyObject *> self
+            if future is not None:
+                parcel.future = future
+                future._parcel = parcel  # for `expire`
             if data is not None:
                 PyObject_GetBuffer(data, &parcel.view, PyBUF_SIMPLE)
         self.enter()
@@ -226,7 +233,10 @@ cdef class Loop:
         except BaseException:
             self.leave()
             raise
-        return self.deliver(&h, parcel, type(data) is bytes)
+        report = self.deliver(&h, parcel, type(data) is bytes)
+        if report is not None and parcel is not None:
+            parcel.future = None  # its caller tells it
+        return report
 
     cdef Report deliver(self, Handed *h, Parcel parcel, bint by_reference):
         # Owns h.fd. Nothing in here can raise before it has changed hands.
@@ -290,6 +300,17 @@ cdef class Loop:
         leave_loop(&self.s)
         pthread_mutex_unlock(&self.s.lock)
         return report
+
+    def expire(self, future):
+        cdef object parcel = getattr(future, "_parcel", None)
+        if type(parcel) is not Parcel or (<Parcel> parcel).loop != <PyObject *> self:
+            raise ValueError(f"future is one that submit of this closer has returned; got {future!r}")
+        lx_mark(&(<Parcel> parcel).kept.expires, True)
+        pthread_mutex_lock(&self.s.lock)
+        self.s.expiring = True
+        if not self.s.over:
+            wake_loop(&self.s)
+        pthread_mutex_unlock(&self.s.lock)
 
     def counters(self):
         cdef Ledger now
@@ -472,3 +493,6 @@ cdef class Intake:
 
     def submit(self, future, sock, data, policy):
         return self.loop.hand_over(sock, policy, data, future)
+
+    def expire(self, future):
+        self.loop.expire(future)

@@ -2,11 +2,12 @@
 #
 # Only calls that cannot block may be made here, and nothing is decided. All of it runs without the GIL.
 
-cdef struct Kept:         # what few entries need, and what many may share; whoever opens an entry sees that it lasts
-    const char *rest      # behind the last byte that is to be sent: the unsent ones end there
-    int user_timeout      # milliseconds or -1
-    long long held        # bytes that a closer keeps for it
-    PyObject *parcel      # the Parcel that this is part of, or NULL
+cdef struct Kept:          # what few entries need, and what many may share; whoever opens an entry sees that it lasts
+    const char *rest       # behind the last byte that is to be sent: the unsent ones end there
+    int user_timeout       # milliseconds or -1
+    long long held         # bytes that a closer keeps for it
+    PyObject *parcel       # the Parcel that this is part of, or NULL
+    unsigned char expires  # somebody wants it to end now; by `lx_mark`
 
 
 # A closer has thousands of entries, and promises 128 bytes for each: 120 here, 4 in the heap. Of the machine's

@@ -80,6 +80,7 @@ cdef struct LoopState:
     bint has_thread
     bint awaited              # somebody wants to know when nothing is pending
     bint telling              # a parcel has left `done`, and its future is not told yet
+    bint expiring             # some are marked to end now
     long long stop_at         # when those in flight are to be done; LLONG_MAX: by their own limits
     long long stop_time       # how long that was at the call, ns
     int wake[2]
@@ -109,7 +110,7 @@ cdef void renew_loop(LoopState *s) noexcept nogil:
     s.entering = 0
     s.mood = WORKS
     s.open = True
-    s.over = s.has_fds = s.has_thread = s.awaited = s.telling = s.busy = False
+    s.over = s.has_fds = s.has_thread = s.awaited = s.telling = s.expiring = s.busy = False
     s.stop_at = s.hurried_to = LLONG_MAX
     s.stop_time = 0
     s.wake[0] = s.wake[1] = s.w.edges = s.w.waker = -1
@@ -269,6 +270,14 @@ cdef void settle_sent(LoopState *s, Entry *e) noexcept nogil:
         give_back_parcel(&s.done, &d)
 
 
+cdef void end_by(LoopState *s, int slot, long long deadline) noexcept nogil:
+    cdef Entry *e = &s.w.entries[slot]
+    e.c.deadline = min(e.c.deadline, deadline)
+    e.c.wake_at = min(e.c.wake_at, e.c.deadline)
+    if e.place >= 0:
+        heap_set(&s.w, slot)
+
+
 cdef void hurry(LoopState *s, long long stop_at, long long stop_time) noexcept nogil:
     # All in flight are to be done at `stop_at`: the oldest a little earlier, so that the last is not late.
     cdef Entry *e
@@ -279,10 +288,19 @@ cdef void hurry(LoopState *s, long long stop_at, long long stop_time) noexcept n
     while slot >= 0:
         e = &s.w.entries[slot]
         left -= 1
-        e.c.deadline = min(e.c.deadline, stop_at - left * each)
-        e.c.wake_at = min(e.c.wake_at, e.c.deadline)
-        if e.place >= 0:
-            heap_set(&s.w, slot)
+        end_by(s, slot, stop_at - left * each)
+        slot = e.newer
+
+
+cdef void expire_marked(LoopState *s) noexcept nogil:
+    # Few ever are, and all that were since the last round are found by one look at everybody.
+    cdef Entry *e
+    cdef int slot = s.oldest
+    cdef long long now = lx_now()
+    while slot >= 0:
+        e = &s.w.entries[slot]
+        if lx_marked(&e.kept.expires):
+            end_by(s, slot, now)
         slot = e.newer
 
 
@@ -329,16 +347,20 @@ cdef int loop_step(LoopState *s) noexcept nogil:
     # One round: take in, wait, serve.
     cdef unsigned int places[64]
     cdef long long stop_at, stop_time
-    cdef bint tells, sleeps
+    cdef bint tells, sleeps, expiring
     cdef int i, happened
     take_inbox(s)
     stop_at = s.stop_at
     stop_time = s.stop_time
+    expiring = s.expiring
+    s.expiring = False
     pthread_mutex_unlock(&s.lock)
     if stop_at < s.hurried_to:
         hurry(s, stop_at, stop_time)
     for i in range(s.spare.size):
         admit(s, &s.spare.places[(s.spare.first + i) % s.spare.room])
+    if expiring:
+        expire_marked(s)
     s.busy = s.busy or s.spare.size > 0
     s.spare.first = s.spare.size = 0
     if s.spare.room > INBOX_TO_KEEP:  # there was a burst
@@ -352,7 +374,7 @@ cdef int loop_step(LoopState *s) noexcept nogil:
         end_loop(s)
         pthread_mutex_unlock(&s.lock)
         return OVER
-    sleeps = not tells and not s.busy and s.inbox.size == 0
+    sleeps = not tells and not s.busy and not s.expiring and s.inbox.size == 0
     s.mood = WORKS if tells else SLEEPS if sleeps else COLLECTS
     pthread_mutex_unlock(&s.lock)
     pthread_mutex_unlock(&s.working)

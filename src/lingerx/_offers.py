@@ -232,3 +232,7 @@ class Intake:
     ) -> Report | None:
         """Hand over; `future` gets the Report, unless it is returned because the socket is closed already."""
         raise NotImplementedError
+
+    def expire(self, future: Future[Report]) -> None:
+        """As `Closer.expire`, for a future that `submit` was given."""
+        raise NotImplementedError

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, cast
 from . import _arguments, _tls
 from . import _machine as m
 from ._ledger import ON_FULL
-from ._portable_crowd import NOTHING, Crowd
+from ._portable_crowd import NOTHING, Closing, Crowd
 from ._portable_handed import Accounts, Bell, Handed
 from .policy import ABORT, FLUSH, Policy
 from .report import Outcome, Report
@@ -92,6 +92,7 @@ class Loop:
         # guarded by _lock
         self._accounts = Accounts()
         self._open, self._over = True, False
+        self._expiring = False  # some are marked to end now
         self._ends: list[int] = []  # of all calls of `stop`; the earliest counts
         self._rings_at = NEVER  # that many in the inbox, and the next one wakes the loop
         self._idle_calls: deque[Callable[[], object]] = deque()
@@ -148,6 +149,8 @@ class Loop:
             if c.report is None and kind >= FLUSH:
                 c.half_close()
                 c.future = future
+                if future is not None:
+                    vars(future)["_handed"] = self, c  # for `expire`
                 if self._push(c):
                     return None
                 c.future = None
@@ -190,6 +193,16 @@ class Loop:
     def _ring(self) -> None:
         self._bell.ring(crowd_waits=self._rings_at == 0)
         self._rings_at = NEVER
+
+    def expire(self, future: Future[Report]) -> None:
+        loop, c = vars(future).get("_handed", (None, None))
+        if loop is not self:
+            raise ValueError(f"future is one that submit of this closer has returned; got {future!r}")
+        with self._lock:
+            if c.report is None and not self._over:
+                c.expires = self._expiring = True
+                self._rings_at = 0  # whatever it is doing
+                self._ring()
 
     def counters(self) -> tuple[int, int, int, int, tuple[int, ...], tuple[int, ...], int]:
         with self._lock:
@@ -244,6 +257,7 @@ class Loop:
         with self._working:
             self._hurry(crowd)
             n = self._take_in(crowd)
+            self._expire(crowd)
         self._tell()
         if self._crowd is not crowd:
             return False
@@ -279,10 +293,23 @@ class Loop:
         early = max(0, min(n * GIVE_UP_TIME, (end - time.monotonic_ns()) // GIVE_UP_SHARE))
         for place, c in enumerate(crowd.by_fd.values(), 1):
             at = end - early + early * min(n, -(-place // GIVEN_UP_AT_ONCE) * GIVEN_UP_AT_ONCE) // n
-            c.deadline = min(c.deadline, at)
-            c.wake_at = min(c.wake_at, at)
-            if c.waiting:
-                crowd.set_timer(c)
+            self._end_by(crowd, c, at)
+
+    def _expire(self, crowd: Crowd) -> None:
+        if not self._expiring:
+            return
+        with self._lock:
+            self._expiring = len(self._accounts.inbox) > 0  # there may be one of them
+        now = time.monotonic_ns()
+        for c in cast("list[Handed]", list(crowd.by_fd.values())):
+            if c.expires:
+                self._end_by(crowd, c, now)
+
+    def _end_by(self, crowd: Crowd, c: Closing, deadline: int) -> None:
+        c.deadline = min(c.deadline, deadline)
+        c.wake_at = min(c.wake_at, deadline)
+        if c.waiting:
+            crowd.set_timer(c)
 
     def _take_in(self, crowd: Crowd) -> int:
         while not self._exchange(crowd):
@@ -407,6 +434,9 @@ class Intake:
         self, future: Future[Report], sock: socket.socket, data: Buffer | None, policy: Policy | None
     ) -> Report | None:
         return self._loop.hand_over(sock, policy, None if data is None else _arguments.check_data(data), future)
+
+    def expire(self, future: Future[Report]) -> None:
+        self._loop.expire(future)
 
 
 def _forget(fd: int) -> None:

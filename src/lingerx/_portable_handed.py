@@ -38,7 +38,7 @@ class Handed(Closing):
     let_go: told when nothing is left to be sent.
     """
 
-    __slots__ = ("accepted", "amount", "future", "held", "let_go", "seen")
+    __slots__ = ("accepted", "amount", "expires", "future", "held", "let_go", "seen")
 
     def __init__(
         self, sock: socket.socket, fd: int, policy: Policy, data: memoryview, let_go: Callable[[Handed], None]
@@ -47,6 +47,7 @@ class Handed(Closing):
         self.let_go = let_go
         self.accepted = False  # by the loop, which books it once and for all
         self.future: Future[Report] | None = None
+        self.expires = False  # somebody wants it to end now
         self.held = 0  # bytes, counted against max_buffered
         self.seen, self.amount = m.BEGUN, 0  # what the hot side has to tell the machine
 

@@ -159,8 +159,8 @@ class Closer:
     ) -> Future[Report]:
         """As `close` (or `send_and_close`, with `data`), for those who want to know: a Future of the Report.
 
-        It cannot be cancelled: the socket is the closer's already. Its callbacks run in the closer's thread (or in
-        this one, when the socket is closed at once), and hold up all others while they do.
+        It cannot be cancelled, for the socket is the closer's already (see `expire`). Its callbacks run in the closer's
+        thread (or in this one, when the socket is closed at once), and hold up all others while they do.
         """
         from concurrent.futures import Future  # which most users never need, and which takes long to import
 
@@ -170,6 +170,21 @@ class Closer:
         if report is not None:
             future.set_result(report)
         return future
+
+    def expire(self, future: Future[Report]) -> None:
+        """End one socket now: as if its deadline had come, by its policy's on_timeout, within milliseconds.
+
+        future: from `submit` of this closer. It gets its Report as ever, mostly TIMED_OUT; one that is done stays as
+        it is. For callers that have stopped waiting (a task that was cancelled) and want the fd back.
+
+        Raises TypeError for what is no Future, ValueError for one that is not this closer's.
+        """
+        from concurrent.futures import Future
+
+        if not isinstance(future, Future):
+            raise TypeError(f"future is one that submit of this closer has returned; got {future!r}")
+        if not future.done():
+            self._intake.expire(future)
 
     @property
     def policy(self) -> Policy:
