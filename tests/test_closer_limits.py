@@ -27,6 +27,7 @@ from closers import (
 from conformance import SHORT
 from connections import DEADLINE, PairMaker, identity, still_open
 from lingerx import Drain, Flush, Outcome
+from lingerx._portable_handed import Bell
 from peers import Call, Dripping, FloodingProcess
 
 # Deadlines ------------------------------------------------------------------------------------------------
@@ -189,8 +190,17 @@ def test_idle_closer_does_not_wake(closers: CloserMaker, tcp: PairMaker, pending
 
 
 @linux
-def test_busy_closer_is_not_woken_for_every_socket(closers: CloserMaker, tcp: PairMaker, engine_name: str) -> None:
-    """The portable engine's thread also waits for the GIL, which this one keeps it from every now and then."""
+def test_busy_closer_is_not_woken_for_every_socket(
+    closers: CloserMaker, tcp: PairMaker, engine_name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rings: list[bool] = []
+    ring = Bell.ring
+
+    def count(bell: Bell, crowd_waits: bool) -> None:
+        rings.append(crowd_waits)
+        ring(bell, crowd_waits)
+
+    monkeypatch.setattr(Bell, "ring", count)
     closer = closers(Flush(timeout=DEADLINE), collect=0.02)
     pairs = [tcp() for _ in range(200)]
     for _, peer in pairs:
@@ -200,4 +210,6 @@ def test_busy_closer_is_not_woken_for_every_socket(closers: CloserMaker, tcp: Pa
     for ours, _ in pairs[1:]:
         closer.close(ours)
     assert closer.join(DEADLINE)
-    assert int(thread_status(thread, "voluntary_ctxt_switches")) < (40 if engine_name == "native" else 120)
+    # Of the portable engine's thread the system can tell nothing: it waits for the GIL every now and then.
+    woken = len(rings) if engine_name == "portable" else int(thread_status(thread, "voluntary_ctxt_switches"))
+    assert 0 < woken < 40
