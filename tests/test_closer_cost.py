@@ -128,7 +128,7 @@ os._exit(0)
 # Memory ---------------------------------------------------------------------------------------------------
 
 PENDING = """
-import gc, resource, socket, sys
+import gc, socket, sys
 from lingerx import Drain
 from lingerx.closer import Closer
 
@@ -139,9 +139,10 @@ listeners = [socket.create_server(("127.0.0.1", 0), backlog=BACKLOG + 1) for _ i
 addresses = [listener.getsockname() for listener in listeners for _ in range(BACKLOG)]
 
 def resident():
+    # Not from statm, which is off by up to some hundred KiB since Linux 6.2 (proc(5)).
     gc.collect()
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * resource.getpagesize()
+    with open("/proc/self/smaps_rollup") as file:
+        return 1024 * int(next(line for line in file if line.startswith("Rss:")).split()[1])
 
 closer = Closer(Drain(timeout=60.0), max_pending=2 * count)
 
