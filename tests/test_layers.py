@@ -24,7 +24,11 @@ ENGINES = {"_native", "_portable"}
 PARTS = {"_portable_closer", "_portable_crowd", "_portable_handed"}
 """Of the portable engine, and known to it alone. (Those of the native one are included, not imported.)"""
 
-ADAPTERS = {"_terms", "_linger_socket", "_linger_ssl_socket", "listener", "socketserver"}
+ADAPTERS = {
+    *("_terms", "_linger_socket", "_linger_ssl_socket", "listener", "socketserver", "wsgi"),
+    *("_asyncio_close", "asyncio", "_streams", "anyio", "trio"),
+    *("cheroot", "gevent", "gunicorn", "hypercorn", "twisted", "uvicorn"),
+}
 """They know the closer; it does not know them."""
 
 DOORS = {"__init__", "__main__"}
@@ -33,8 +37,8 @@ CALLS_ALLOWED = {"_portable", *PARTS, "_sockopt", "_tls", "cli"}
 """Where system calls on sockets may be made in Python; the rest of the library asks an engine."""
 
 SYSTEM_CALLS = {"setsockopt", "shutdown", "ioctl", "fcntl"}
-CLOSERS_OWN = {"self.shutdown", "closer.shutdown"}
-"""Of a Closer, which is no socket."""
+NO_CALLS_OF_OURS = {"self.shutdown", "closer.shutdown", "super().shutdown", "self.stream.setsockopt"}
+"""Of a Closer, which is no socket; and what somebody asks an object of ours for that stands before theirs."""
 SYSTEM_MODULES = {"fcntl", "select", "selectors", "_socket"}
 
 SOURCES = sorted(PACKAGE.rglob("*.py"))
@@ -150,7 +154,7 @@ def _system_calls(tree: ast.Module) -> Iterator[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
             call = ast.unparse(node.func)
-            if (node.func.attr in SYSTEM_CALLS and call not in CLOSERS_OWN) or call == "os.close":
+            if (node.func.attr in SYSTEM_CALLS and call not in NO_CALLS_OF_OURS) or call == "os.close":
                 yield call
         elif isinstance(node, ast.ImportFrom):
             if node.level == 0 and node.module in SYSTEM_MODULES:

@@ -45,7 +45,7 @@ MAX_BUFFERED = 64 * 1024 * 1024
 """Bytes that a closer keeps for data which the kernel has not taken yet, unless it was made with another value: a
 guess."""
 MAX_PENDING = 8192
-"""Sockets in flight at most where the system has no RLIMIT_NOFILE to take half of: a guess."""
+"""Sockets in flight at most where there is no limit on open files (RLIMIT_NOFILE) to take half of: a guess."""
 
 _CALLBACKS = 1.0  # seconds beyond its deadline for which the callbacks of futures may keep a shutdown: a guess
 
@@ -258,7 +258,8 @@ def _half_of_all_fds() -> int:
         import resource
     except ImportError:  # Windows
         return MAX_PENDING
-    return max(1, min(resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2, 2**30))
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return MAX_PENDING if limit == resource.RLIM_INFINITY else max(1, min(limit // 2, 2**30))
 
 
 # The thread -----------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import click
 import lingerx
 
 from .demo import demo
+from .doctor import doctor
 
 __all__ = ["cli"]
 
@@ -22,3 +23,4 @@ def cli() -> None:
 
 
 cli.add_command(demo)
+cli.add_command(doctor)
