@@ -53,9 +53,8 @@ def running_threads() -> set[object]:
 
 @pytest.fixture(scope="session", autouse=True)
 def only_what_tests_make_is_collected() -> Iterator[None]:
-    """What was there before the first test need not be looked at after every one of them."""
+    """What was there before a test need not be looked at after it (see `nothing_left_behind`)."""
     gc.collect()
-    gc.freeze()
     yield
     gc.unfreeze()
 
@@ -63,6 +62,7 @@ def only_what_tests_make_is_collected() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def nothing_left_behind() -> Iterator[None]:
     """After every test: the same open fds, no more threads; and no warning, also of what is collected only now."""
+    gc.freeze()
     fds, threads = open_fds(), running_threads()
     yield
     gc.collect()
