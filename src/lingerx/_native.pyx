@@ -99,8 +99,9 @@ cdef enum:  # the kinds of policy.py
     KIND_BACKGROUND, KIND_ABORT, KIND_KERNEL_LINGER, KIND_FLUSH, KIND_DRAIN
 
 cdef object DRAIN = Drain()
-cdef object Socket = socket.socket
-# The C type's own methods and fields, for sockets whose type is exactly socket.socket: a third of the price.
+# The C type's own methods and fields, for sockets whose type is exactly socket.socket: a third of the price. Nobody's
+# is when somebody (gevent) has put a class of another shape there.
+cdef object Socket = socket.socket if issubclass(socket.socket, _socket.socket) else None
 cdef object raw_detach = _socket.socket.detach
 cdef object raw_fileno = _socket.socket.fileno
 cdef Py_ssize_t type_at = lx_offset_of_int(_socket.socket.__dict__["type"])
@@ -521,7 +522,7 @@ cdef int system_error(int error) except -1:
 
 cdef int borrow(object sock) except -1:
     # Borrows: the fd of a socket object, listening or not, that is only asked or set.
-    if not isinstance(sock, Socket):
+    if not isinstance(sock, socket.socket):
         _arguments.check_socket(sock)
     cdef int fd = sock.fileno()
     if fd < 0:
