@@ -353,6 +353,7 @@ def test_default_closer_is_the_same_for_all(tcp: PairMaker) -> None:
     closer = default_closer()
     assert {call.result() for call in calls} == {closer}
     assert closer.policy == Drain(timeout=30.0, idle_timeout=5.0)
+    assert closer.exit_timeout == 3.0
     assert closer.submit(ours).result(DEADLINE).outcome is Outcome.PEER_CLOSED
 
 

@@ -335,6 +335,11 @@ def test_wrong_argument_makes_no_closer(
         closers(**options)
 
 
+def test_what_it_was_made_with_can_be_asked(closers: CloserMaker) -> None:
+    closer = closers(Drain(timeout=7.0), exit_timeout=0.25, name="mine")
+    assert (closer.policy, closer.exit_timeout, closer.name) == (Drain(timeout=7.0), 0.25, "mine")
+
+
 @pytest.mark.parametrize("timeout", [-1.0, "3", float("nan"), float("inf")], ids=str)
 def test_wrong_timeout_does_not_shut_down(closers: CloserMaker, tcp: PairMaker, timeout: Any) -> None:
     closer = closers()

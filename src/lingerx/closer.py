@@ -192,6 +192,11 @@ class Closer:
         return self._loop.policy
 
     @property
+    def exit_timeout(self) -> float:
+        """Seconds that sockets in flight get when the interpreter exits, and from `shutdown` by default."""
+        return self._loop.exit_timeout / 1e9
+
+    @property
     def name(self) -> str:
         """Of the thread."""
         return self._loop.name
