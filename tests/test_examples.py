@@ -33,7 +33,9 @@ pytestmark = [
 
 
 every_server = pytest.mark.parametrize(
-    "server", ["closer_server.py", "http_server.py", "asyncio_listener.py"], indirect=True
+    "server",
+    ["closer_server.py", "http_server.py", "asyncio_listener.py", "asyncio_server.py"],
+    indirect=True,
 )
 
 
@@ -95,7 +97,7 @@ def test_clients_that_write_everything_before_they_read(server: subprocess.Popen
     assert end(server) == "closed 3\n"
 
 
-@pytest.mark.parametrize("server", ["closer_server.py", "asyncio_listener.py"], indirect=True)
+@pytest.mark.parametrize("server", ["closer_server.py", "asyncio_listener.py", "asyncio_server.py"], indirect=True)
 def test_clients_that_say_nothing_or_go_away(server: subprocess.Popen[str], stack: ExitStack) -> None:
     port = port_of(server)
     connect(stack, port)
