@@ -10,6 +10,7 @@ import http.server
 import socket
 import socketserver
 import ssl
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from peers import Call
 
 UPLOAD = 8 << 20
 HEAD = b"POST / HTTP/1.0\r\nHost: here\r\nContent-Length: %d\r\n\r\n" % UPLOAD
+REQUEST = HEAD + bytes(UPLOAD)
 PAGE = bytes(range(256)) * 4096
 """1 MiB: more than the client's kernel takes while the client does not read."""
 ANSWER = b"HTTP/1.0 413 Content Too Large\r\nContent-Length: %d\r\n\r\n" % len(PAGE) + PAGE
@@ -39,20 +41,34 @@ def upload(address: Any, context: ssl.SSLContext | None = None) -> Seen:
     sock = socket.create_connection(address[:2], DEADLINE)
     if context is not None:
         sock = context.wrap_socket(sock, server_hostname="localhost")
+    return finish(sock, REQUEST, PAGE)
+
+
+def finish(sock: socket.socket, request: bytes, page: bytes, patience: float = DEADLINE, *, begun: bytes = b"") -> Seen:
+    """Owns: write the request, or what is left of it, then read to the end, whatever went wrong while writing.
+
+    page: what should come after the head of the answer. patience: seconds for all of it. begun: of the answer, what
+    has been read already.
+    """
+    give_up = time.monotonic() + patience
     with sock:
         sent = True
+        answer = bytearray(begun)
         try:
-            sock.sendall(HEAD)
-            sock.sendall(bytes(UPLOAD))
+            sock.settimeout(patience)
+            sock.sendall(request)
         except OSError:
             sent = False
-        answer = bytearray()
         try:
-            while data := sock.recv(65536):
+            while True:
+                # At least 1 ms, for 0 would mean "non-blocking": what has come is read in any case.
+                sock.settimeout(max(0.001, give_up - time.monotonic()))
+                if not (data := sock.recv(262144)):
+                    break
                 answer += data
         except OSError:
             pass
-    return Seen(bytes(answer).partition(b"\r\n\r\n")[2] == PAGE, sent)
+    return Seen(bytes(answer).partition(b"\r\n\r\n")[2] == page, sent)
 
 
 class Refuse(http.server.BaseHTTPRequestHandler):
