@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import math
 import struct
-from typing import Any, ClassVar, Literal, NoReturn, SupportsFloat
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn, SupportsFloat
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = [
     "DEFAULT_TIMEOUT",
@@ -100,7 +103,7 @@ class Policy:
     _terms: Terms
     _packed: bytes
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Policy:
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         if cls is Policy:
             raise TypeError("pass one of Background, Abort, KernelLinger, Flush, Drain; Policy is only their base")
         return super().__new__(cls)
