@@ -56,6 +56,8 @@ DONTWAIT = getattr(socket, "MSG_DONTWAIT", 0)
 # MSG_MORE keeps the last bytes back until the shutdown that follows: FIN rides on them (Linux).
 SEND_FLAGS = DONTWAIT | getattr(socket, "MSG_NOSIGNAL", 0) | getattr(socket, "MSG_MORE", 0)
 
+RDHUP = getattr(select, "EPOLLRDHUP", 0x2000)  # which PyPy does not name (epoll(7))
+
 LONGEST_WAIT = 1e6  # seconds; more is too much for poll(2), and nobody sees a wake-up in eleven days
 MOST_AT_ONCE = 1024  # closings whose time has come that have their turn in one round: a guess
 
@@ -210,7 +212,7 @@ class Edges:
 
     def watch(self, c: Closing) -> None:
         if not c.watched:  # what has happened before is reported at once: nothing can be missed
-            self.epoll.register(c.fd, select.EPOLLIN | select.EPOLLOUT | select.EPOLLRDHUP | select.EPOLLET)
+            self.epoll.register(c.fd, select.EPOLLIN | select.EPOLLOUT | RDHUP | select.EPOLLET)
             c.watched = 1
 
     def listen(self, waker: Waker) -> None:
