@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import os
+import re
 import subprocess
 import sys
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, metadata
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
@@ -35,7 +38,15 @@ ON_DEMAND = {"LingerSSLSocket"}
 TIMES = {"timeout", "idle_timeout", "user_timeout", "seconds", "spread", "elapsed", "collect", "exit_timeout"}
 """Names of parameters and properties whose unit must be told."""
 
-HEAVY = ("asyncio", "ssl", "rich", "click", "dataclasses", "inspect")
+EXTRAS = {
+    **{name: name for name in ("anyio", "cheroot", "gevent", "gunicorn", "hypercorn", "trio", "twisted", "uvicorn")},
+    "prometheus": "prometheus_client",
+}
+"""The modules that need another package, and its name; the extra is called as the module."""
+
+ADAPTERS = {*EXTRAS, "asyncio", "socketserver", "wsgi"}
+
+HEAVY = ("asyncio", "concurrent", "ssl", "rich", "click", "dataclasses", "inspect", *EXTRAS.values())
 """Modules that cost more to import than lingerx itself, and that a program may well do without."""
 
 PACKAGE = Path(lingerx.__file__).parent
@@ -200,6 +211,44 @@ def test_a_user_s_program_in_the_eyes_of_mypy(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_that_program_uses_every_public_name() -> None:
-    words = Path(__file__).with_name("typing_program.py").read_text(encoding="utf-8")
-    assert [name for name in lingerx.__all__ if f"lingerx.{name}" not in words] == []
+def test_such_programs_use_every_public_name() -> None:
+    """Adapters' names are read from the sources, for not all of their servers are installed here."""
+    words = "".join(
+        Path(__file__).with_name(f"typing_{name}.py").read_text(encoding="utf-8") for name in ("program", "adapters")
+    )
+    names = [f"lingerx.{name}" for name in lingerx.__all__]
+    names += [f"lingerx.{module}.{name}" for module in ADAPTERS for name in _all_of(PACKAGE / f"{module}.py")]
+    assert [name for name in names if not re.search(rf"\b{name}\b", words)] == []
+
+
+def _all_of(source: Path) -> list[str]:
+    (names,) = re.findall(r"^__all__ = (\[[^]]*\])", source.read_text(encoding="utf-8"), re.MULTILINE)
+    assert ast.literal_eval(names) == sorted(ast.literal_eval(names))
+    return list(ast.literal_eval(names))
+
+
+def test_every_module_that_users_import_is_known_here() -> None:
+    public = {path.stem for path in PACKAGE.glob("*.py") if not path.name.startswith("_")}
+    assert public - ADAPTERS == {"closer", "listener", "policy", "report"}
+
+
+def test_what_a_module_needs_is_told() -> None:
+    done = _run(
+        "import sys, importlib\n"
+        f"for module, package in {EXTRAS}.items():\n"
+        "    sys.modules[package] = None\n"
+        "    try: importlib.import_module('lingerx.' + module)\n"
+        "    except ImportError as error: print(module, '|', error)\n"
+    )
+    assert done.returncode == 0, done.stderr
+    told = dict(line.split(" | ") for line in done.stdout.splitlines())
+    assert told.keys() == EXTRAS.keys()
+    assert [module for module, error in told.items() if f"pip install 'lingerx[{module}]'" not in error] == []
+
+
+def test_each_has_an_extra_of_its_own() -> None:
+    try:
+        provided = metadata("lingerx").get_all("Provides-Extra")
+    except PackageNotFoundError:
+        pytest.skip("lingerx is not installed: it runs from its sources")
+    assert set(EXTRAS) <= set(provided or ())

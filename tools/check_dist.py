@@ -31,7 +31,8 @@ def sdist_faults(names: set[str]) -> Iterator[str]:
 
 
 def wheel_faults(names: set[str], *, portable: bool) -> Iterator[str]:
-    names = {name for name in names if ".dist-info/" not in name}
+    # auditwheel writes the folders down too.
+    names = {name for name in names if ".dist-info/" not in name and not name.endswith("/")}
     modules = {name for name in names if PurePosixPath(name).suffix in {".so", ".pyd"}}
     yield from (f"lacks {name}" for name in sorted(sources(".py", ".pyi", ".typed") - names))
     yield from (f"holds {name}" for name in sorted(names - modules - sources(".py", ".pyi", ".typed")))
@@ -43,7 +44,7 @@ def wheel_faults(names: set[str], *, portable: bool) -> Iterator[str]:
 def faults(path: Path) -> Iterator[str]:
     if path.suffix == ".whl":
         with zipfile.ZipFile(path) as wheel:
-            yield from wheel_faults(set(wheel.namelist()), portable=path.name.endswith("-none-any.whl"))
+            yield from wheel_faults(set(wheel.namelist()), portable="-none-" in path.name)
     else:
         with tarfile.open(path) as sdist:
             yield from sdist_faults({member.name for member in sdist.getmembers() if member.isfile()})
