@@ -16,7 +16,7 @@ import pytest
 from closers import LONG, CloserMaker, nonzero, output_of, start_program
 from connections import A_LONG_LOOK, DEADLINE, SMALL_BUFFERS, Ending, PairMaker
 from event_loops import LOOPS, Opened, Runner, open_over, until
-from lingerx import Abort, Outcome
+from lingerx import Abort, KernelLinger, Outcome
 from lingerx.asyncio import LingeringTransport, aclose, lingering, lingering_client
 from lingerx.closer import Closer
 from peers import Polite, read_to_end
@@ -299,6 +299,26 @@ def test_abort_and_policies_of_one_connection(run: Runner, closer: Closer, tcp: 
     assert read_to_end(plain) == Ending(0, None)
     assert read_to_end(resets) == Ending(0, errno.ECONNRESET)
     assert nonzero(closer.stats()) == {Outcome.ABORTED: 1}
+
+
+def test_wrong_policy_or_closer_was_set(run: Runner, closer: Closer, tcp: PairMaker) -> None:
+    ours, peer = tcp()
+
+    async def main() -> None:
+        protocol = Opened()
+        transport = await connected(ours, protocol, closer=closer)
+        for name, wrong in (("policy", KernelLinger(1)), ("policy", 3), ("closer", 3)):
+            right = getattr(transport, name)
+            setattr(transport, name, wrong)
+            with pytest.raises((TypeError, ValueError)):
+                transport.close()
+            assert not transport.is_closing()
+            setattr(transport, name, right)
+        transport.close()
+        await until(lambda: bool(protocol.lost))
+
+    run(main())
+    assert read_to_end(peer) == Ending(0, None)
 
 
 def test_peer_s_end_closes_plainly_and_close_does_nothing_more(run: Runner, closer: Closer, tcp: PairMaker) -> None:

@@ -152,7 +152,7 @@ def test_transport_under_tls_is_not_found(
 
     report = run(main())
     if peer_closes:
-        assert (report.outcome, report.delivered) == (Outcome.PEER_CLOSED, True)
+        assert (report.outcome, report.delivered) == (Outcome.PEER_CLOSED, None)
     else:
         assert (report.outcome, report.delivered) == (Outcome.TIMED_OUT, None)
 
@@ -237,6 +237,78 @@ def test_peer_that_resets_while_we_send(
     report = run(main())
     assert (report.outcome, report.unacked, report.delivered) == (Outcome.PEER_RESET, None, False)
     assert report.error in (errno.ECONNRESET, errno.EPIPE)
+
+
+@pytest.mark.parametrize("close_notify", [False, True])
+def test_peer_that_ends_then_takes_what_the_kernel_has_and_resets(
+    run: Runner, closer: Closer, tcp: PairMaker, contexts: Any, stack: ExitStack, close_notify: bool
+) -> None:
+    """The kernel's queue is empty then, and says nothing of what the transport has dropped."""
+
+    async def main() -> Report:
+        both = await shake(tcp(), contexts, stack)
+        both.transport.write(bytes(MUCH))
+        task = asyncio.ensure_future(aclose(both.transport, LONG, closer=closer))
+        await asyncio.sleep(0)
+        both.peer.settimeout(SHORT)
+        if close_notify:
+            with suppress(OSError):
+                both.peer.unwrap()
+        else:
+            both.peer.shutdown(socket.SHUT_WR)
+        await asyncio.sleep(A_LONG_LOOK)
+        raw = socket.socket(fileno=both.peer.detach())
+        raw.settimeout(SHORT)
+        received = 0
+        with suppress(TimeoutError, socket.timeout):  # here the loop stands still
+            while True:
+                received += len(raw.recv(MIB))
+        assert received < MUCH
+        reset(raw)
+        return await task
+
+    report = run(main())
+    assert (report.outcome, report.unacked, report.delivered) == (Outcome.PEER_RESET, None, False)
+
+
+@pytest.mark.parametrize("what", ["close", "close twice", "abort", "abort at once"])
+def test_somebody_else_closes_while_we_send(
+    run: Runner, closer: Closer, tcp: PairMaker, contexts: Any, stack: ExitStack, what: str
+) -> None:
+    """asyncio's own transport forgets the connection when it is closed twice; the limits hold all the same."""
+
+    async def main() -> Report:
+        both = await shake(tcp(), contexts, stack)
+        both.transport.write(bytes(MUCH))
+        task = asyncio.ensure_future(aclose(both.transport, Drain(timeout=SHORT), closer=closer))
+        await asyncio.sleep(0 if what == "abort at once" else SHORT / 5)
+        if what.startswith("abort"):
+            both.transport.abort()
+        else:
+            for _ in range(2 if what == "close twice" else 1):
+                both.transport.close()
+        report = await task
+        assert both.protocol.lost == [None]
+        return report
+
+    report = run(main())
+    assert report.outcome is Outcome.TIMED_OUT
+    assert report.delivered is not True
+    assert report.elapsed < AT_ONCE
+
+
+def test_closed_by_the_peer_already(
+    run: Runner, closer: Closer, tcp: PairMaker, contexts: Any, stack: ExitStack
+) -> None:
+    async def main() -> Report:
+        both = await shake(tcp(), contexts, stack)
+        both.peer.close()
+        await until(lambda: bool(both.protocol.lost))
+        report = await aclose(both.transport, LONG, closer=closer)
+        both.transport.close()  # CPython 3.10 warns otherwise
+        return report
+
+    assert run(main()).outcome is Outcome.ALREADY_CLOSED
 
 
 def test_cancelled_while_sending(run: Runner, closer: Closer, tcp: PairMaker, contexts: Any, stack: ExitStack) -> None:

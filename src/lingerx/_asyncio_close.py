@@ -100,6 +100,7 @@ class Closing(asyncio.Protocol):
         "_outcome",
         "_parting",
         "_policy",
+        "_sent",
         "_started",
         "_tell",
         "_timer",
@@ -131,7 +132,9 @@ class Closing(asyncio.Protocol):
         self._tls = transport.get_extra_info("sslcontext") is not None
         self._lingers = isinstance(policy, (Drain, Flush))
         self._parting = False
-        """The transport closes by itself now: nothing is left to send, but perhaps close_notify."""
+        """The transport closes by itself now: after it has sent the rest, if there is any."""
+        self._sent = False
+        """The kernel has taken all, but perhaps close_notify."""
         self._outcome: Outcome | None = None
         """What kept the rest from being sent."""
         self._error: int | None = None
@@ -203,11 +206,11 @@ class Closing(asyncio.Protocol):
             self._transport.close()
         protocol, keep = self.protocol, self._keep
         self.protocol = self._transport = self._below = self._keep = None
-        if not self._parting and self._outcome is None:
-            if error is None:  # closed or aborted by somebody else, or uvloop's TLS saw a FIN
-                self._known = False
-            else:
+        if self._outcome is None and self._known and not self._sent:
+            if error is not None:
                 self._broke(error)
+            elif self._lingers:  # closed or aborted by somebody else, or TLS saw the peer's end
+                self._known = False
         try:
             protocol.connection_lost(error)
         finally:
@@ -236,13 +239,20 @@ class Closing(asyncio.Protocol):
         if self._below is None:
             return self._transport.get_write_buffer_size()  # type: ignore[no-any-return]
         left: int = self._below.get_write_buffer_size()
-        return left if _TELLS_FOR_BELOW else left + self._transport.get_write_buffer_size()
+        if not _TELLS_FOR_BELOW:
+            with suppress(AttributeError):  # asyncio's TLS transport, closed twice
+                left += self._transport.get_write_buffer_size()
+        return left
 
     def _look(self) -> None:
-        if self._transport is not None and self._outcome is None and not self._left():
+        # Where somebody else closes or aborts, an empty buffer says nothing, and connection_lost comes by itself.
+        under = self._transport if self._below is None else self._below
+        if under is not None and self._outcome is None and not under.is_closing() and not self._left():
             self._part()
 
     def _part(self) -> None:
+        # Nothing is left, as far as we can see.
+        self._sent = self._below is not None or not self._tls
         if not self._parting:
             self._parting = True
             self._transport.close()
@@ -252,7 +262,7 @@ class Closing(asyncio.Protocol):
                 return
         # TLS has sent close_notify and waits for the peer's. Our copy does that better.
         if self._below is not None and not self._left():
-            self._transport.abort()
+            self._abort()
         else:
             self._tick()
 
@@ -274,7 +284,7 @@ class Closing(asyncio.Protocol):
             return
         if self._parting and self._below is not None:
             if not left:
-                self._transport.abort()
+                self._abort()
                 return
             until = min(until, now + GLANCE)
         self._timer = self._loop.call_later((until - now) / 1e9, self._tick)
@@ -293,7 +303,12 @@ class Closing(asyncio.Protocol):
         self._dropped = self._left()
         if self._tls and self._below is None:
             self._known = False
+        self._abort()
+
+    def _abort(self) -> None:
         self._transport.abort()
+        if self._below is not None:  # asyncio's TLS transport has forgotten it when it was closed twice
+            self._below.abort()
 
     def _broke(self, error: Exception) -> None:
         # While there was something to send.
@@ -356,7 +371,8 @@ def socket_of(transport: Any) -> Any:
         sock = transport.get_extra_info("socket")
     except AttributeError:  # asyncio's TLS transport, closed twice
         sock = None
-    if sock is None and not transport.is_closing():
+    ended = transport.is_closing() or (_TELLS_FOR_BELOW and transport.get_extra_info("sslcontext") is not None)
+    if sock is None and not ended:
         raise TypeError(f"there is no socket under this transport, so no peer to linger for: {transport!r}")
     if sock is None or sock.fileno() < 0:
         raise OSError(errno.EBADF, "the transport is closed")

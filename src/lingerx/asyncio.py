@@ -110,8 +110,9 @@ class LingeringTransport(asyncio.Transport):
     the closer. A transport that the loop closes by itself (after the peer's EOF, an error, `Server.close_clients()`)
     is closed plainly.
 
-    `loop.sendfile` and, in asyncio, `loop.start_tls` take it. uvloop's start_tls does not: give it `wrapped`, and wrap
-    what it returns.
+    `loop.sendfile` and, in asyncio, `loop.start_tls` take it; uvloop's start_tls does not: give it `wrapped`. What
+    start_tls returns, and what a StreamWriter has after its own start_tls(), is a plain transport: wrap it again, or
+    end it by `aclose`.
 
     Raises TypeError or ValueError for a wrong policy or closer.
     """
@@ -136,9 +137,13 @@ class LingeringTransport(asyncio.Transport):
         return self._transport  # type: ignore[no-any-return]
 
     def close(self) -> None:
-        """Close lingering. Returns at once, raises nothing for what the network does, and nothing when called again."""
+        """Close lingering. Returns at once, raises nothing for what the network does, and nothing when called again.
+
+        Raises TypeError or ValueError, with the connection untouched, when `policy` or `closer` was set to a wrong one.
+        """
         if self.is_closing():
             return
+        check_terms(self.policy, self.closer, False)
         policy = self.policy
         if policy is None:
             try:
