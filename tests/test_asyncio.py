@@ -499,7 +499,8 @@ PROGRAM_THAT_STOPS = """if True:
     while data := peer.recv(65536):
         received += len(data)
     peer.close()
-    print(received < 4 << 20, sorted(str(each.message).split()[1] for each in caught))
+    # Whether the transport's socket warns too depends on which of the two is collected first.
+    print(received < 4 << 20, "transport" in [str(each.message).split()[1] for each in caught])
 """
 
 
