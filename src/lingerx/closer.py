@@ -20,7 +20,7 @@ import time
 import weakref
 from collections.abc import Iterable
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from . import _arguments
 from ._engine import Loop
@@ -281,6 +281,12 @@ _this_thread = threading.local()
 
 
 def _start(loop: Loop) -> None:
+    monkey: Any = sys.modules.get("gevent.monkey")
+    if monkey is not None and monkey.is_module_patched("_thread"):
+        raise RuntimeError(
+            "gevent makes greenlets of threads here, and a closer's would hold up all others: use lingerx.gevent.Closer; "
+            "the socket is untouched"
+        )
     # By a thread of its own: a signal handler that raises in the middle of Thread.start would leave nobody knows what
     # behind, and handlers run in the main thread only. (The call below has happened, or it has not.)
     if getattr(_this_thread, "is_starter", False):  # the garbage collector has come in between

@@ -296,6 +296,31 @@ def test_closer_holds_up_no_greenlet(patched: bool) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+PLAIN_CLOSER = """if True:
+    from gevent import monkey; monkey.patch_all()
+    import socket, lingerx
+    ours, peer = socket.socketpair()
+    try:
+        lingerx.Closer().close(ours)
+    except RuntimeError as error:
+        print(error, ours.fileno() >= 0)
+    listener = lingerx.create_server(("127.0.0.1", 0))
+    client = socket.create_connection(listener.getsockname())
+    conn, _ = listener.accept()
+    conn.close()
+    assert client.recv(1) == b""
+    for each in (ours, peer, listener, client):
+        each.close()
+"""
+
+
+def test_plain_closer_where_threads_are_greenlets() -> None:
+    """It would hold up the whole process. It refuses, and sockets that linger by themselves are closed plainly."""
+    done = run(PLAIN_CLOSER)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.endswith("use lingerx.gevent.Closer; the socket is untouched True\n")
+
+
 def test_lingerx_comes_too_late() -> None:
     done = run("from gevent import monkey; monkey.patch_all(); import lingerx.gevent; lingerx.gevent.Closer()")
     assert "RuntimeError: gevent has patched sockets before lingerx saw them" in done.stderr
