@@ -32,6 +32,7 @@ from connections import (
     still_open,
 )
 from lingerx import Abort, Background, Drain, Flush, KernelLinger, Outcome, Policy, Report
+from lingerx._ownership import Hold
 from peers import Call, Polite, SlowReader, read_to_end, send_unread
 
 EVERY_POLICY = pytest.mark.parametrize(
@@ -334,3 +335,15 @@ def test_eight_threads_close_the_same_socket(engine: Engine, tcp: PairMaker, pol
         reports = at_once([partial(engine.close, ours, policy) for _ in range(8)])
         others = [report for report in reports if report.outcome is Outcome.ALREADY_CLOSED]
         assert len(others) == 7
+
+
+def test_another_thread_closes_the_same_object_first(tcp: PairMaker) -> None:
+    """The number may be somebody else's by then."""
+    ours, peer = tcp()
+    hold = Hold(ours, ours.fileno())
+    with socket.socket(fileno=ours.detach()) as others:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            hold.take()
+        hold.give_up()
+        peer.sendall(b"still here")
+        assert others.recv(100) == b"still here"

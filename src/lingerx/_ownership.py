@@ -6,6 +6,7 @@ exception (what a signal handler raises) comes between any two steps. Nothing he
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import sys
@@ -94,9 +95,9 @@ class Hold:
     def take(self) -> None:
         """Owns the fd from here on. Raises OSError with one of NO_SOCKET when there is none after all."""
         self._taken = True
-        if self.wrapper is not None:
-            take(self.wrapper)
         try:
+            if self.wrapper is not None and take(self.wrapper) < 0:  # another thread was quicker
+                raise OSError(errno.EBADF, os.strerror(errno.EBADF))
             attach(self.raw, self.fd)
         except OSError as error:
             self._settled = error.errno in NO_SOCKET
