@@ -144,6 +144,22 @@ def test_application_that_raises(closer: Closer, tcp: PairMaker) -> None:
     assert closer.stats().handed_over == 0
 
 
+def test_application_that_raises_half_way(closer: Closer, tcp: PairMaker) -> None:
+    """The server may have an answer of its own to send: 500."""
+
+    def broken(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        yield b"too "
+        raise KeyError
+
+    ours, peer = tcp()
+    with pytest.raises(KeyError):
+        serve(LingeringMiddleware(broken, closer=closer), SYNC, ours)
+    assert closer.stats().handed_over == 0
+    ours.sendall(b"500")
+    ours.close()
+    assert read_to_end(peer) == Ending(7, None)
+
+
 def test_no_copy_can_be_made(closer: Closer, tcp: PairMaker, monkeypatch: pytest.MonkeyPatch) -> None:
     ours, peer = tcp()
 

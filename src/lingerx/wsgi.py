@@ -40,7 +40,8 @@ class LingeringMiddleware(Terms):
       read for 10 ms or has 10 MB; what comes after that is the middleware's.)
 
     Everything else is left as it was: other servers, which tell no socket (waitress, cheroot, gevent.pywsgi, uWSGI,
-    mod_wsgi), sockets with TLS or of gevent, applications that raise. A server cannot see that an iterable of
+    mod_wsgi), sockets with TLS or of gevent, applications that raise, be it half-way (the server may have an answer
+    of its own to send then), clients that have gone. A server cannot see that an iterable of
     wsgi.file_wrapper is behind it, and sends it in pieces.
 
     Raises TypeError or ValueError for wrong arguments.
@@ -86,18 +87,21 @@ def _asked_to_close(environ: dict[str, Any]) -> bool:
 
 
 class _Body:
-    """What the application returned, and something to do after its close()."""
+    """What the application returned, and something to do after its close(), when all of it was asked for."""
 
     def __init__(self, body: Iterable[bytes], then: Callable[[], None]) -> None:
         self._body = body
         self._then = then
+        self._ended = False
 
     def __iter__(self) -> Iterator[bytes]:
-        return iter(self._body)
+        yield from self._body
+        self._ended = True
 
     def close(self) -> None:
         try:
             if hasattr(self._body, "close"):
                 self._body.close()
         finally:
-            self._then()
+            if self._ended:
+                self._then()
