@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import importlib.util
 import os
@@ -433,6 +434,28 @@ def test_cancelled(run: Callable[[Main], Any], closer: Closer, any_pair: PairMak
     began = time.monotonic()
     assert run(main) is True
     assert time.monotonic() - began < DEADLINE / 2
+    assert closer.join(DEADLINE / 2)
+    assert not still_open(known)
+    assert nonzero(closer.stats()) == {Outcome.TIMED_OUT: 1}
+    assert read_to_end(peer) == Ending(0, None)
+
+
+@pytest.mark.parametrize("turns", [1, 2, 3])
+@pytest.mark.parametrize("backend", ["asyncio", "uvloop"])
+def test_cancelled_by_asyncio(backend: str, turns: int, closer: Closer, tcp: PairMaker) -> None:
+    """By Task.cancel(), which no shield of anyio keeps out, at every turn of the loop."""
+    ours, peer = tcp()
+    known = identity(ours)
+
+    async def main() -> None:
+        task = asyncio.ensure_future(aclose(await streams(ours), LONG, closer=closer))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    runner(backend)(main)
     assert closer.join(DEADLINE / 2)
     assert not still_open(known)
     assert nonzero(closer.stats()) == {Outcome.TIMED_OUT: 1}

@@ -292,7 +292,13 @@ async def _close(
         await checkpoint()
         return report_without(Outcome.FAILED, data, error.errno)
     try:
-        goodbye = await _take(stream, inner)
+        try:
+            goodbye = await _take(stream, inner)
+        except BaseException:  # asyncio's own Task.cancel(), which no shield of anyio keeps out
+            with suppress(RuntimeError, OSError):
+                closer = default_closer() if closer is None else closer
+                closer.expire(submit(copy, policy, closer, data))
+            raise
         closer = default_closer() if closer is None else closer
         future = submit(copy, policy, closer, data, goodbye=goodbye)
     finally:
