@@ -1,7 +1,7 @@
 """`lingering(factory)`: a factory for Twisted whose connections linger, whenever a protocol calls loseConnection().
 
-Twisted flushes, reading on meanwhile, and half-closes; then the fd goes to a closer. No system call is made here: only
-what protocols, factories and transports of Twisted offer in public.
+Twisted flushes, reading on meanwhile; then the fd goes to a closer. No system call is made here: only what protocols,
+factories and transports of Twisted offer in public.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .policy import Abort, Drain, Flush, Policy, left_of
 try:
     from twisted.internet.defer import Deferred
     from twisted.internet.error import ConnectionDone
-    from twisted.internet.interfaces import IHalfCloseableDescriptor, IHalfCloseableProtocol, ISSLTransport
+    from twisted.internet.interfaces import IHalfCloseableProtocol, IPullProducer, IReadWriteDescriptor, ISSLTransport
     from twisted.protocols.policies import ProtocolWrapper, WrappingFactory
     from twisted.python.failure import Failure
     from zope.interface import implementer
@@ -25,6 +25,8 @@ except ImportError as missing:
     raise ImportError("lingerx.twisted needs Twisted (pip install 'lingerx[twisted]')") from missing
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from twisted.internet.interfaces import IAddress, IProtocolFactory
 
 __all__ = ["LingeringFactory", "LingeringProtocol", "lingering"]
@@ -46,8 +48,8 @@ def lingering(
     reactor: None for Twisted's own.
 
     From loseConnection() on, input is read and thrown away until the transport has written all it has: a client that
-    sends its whole request before it reads gets an answer of any size. Then the transport half-closes, the socket goes
-    to the closer, and the protocol's connectionLost is called. The policy's `timeout` and `max_bytes` hold for both
+    sends its whole request before it reads gets an answer of any size. Then the socket goes to the closer, which
+    half-closes, and the protocol's connectionLost is called. The policy's `timeout` and `max_bytes` hold for both
     parts together; where one is reached before all is written, the rest is lost. (`idle_timeout` counts once all is
     written.) abortConnection() is as ever.
 
@@ -58,7 +60,7 @@ def lingering(
 
     Raises TypeError or ValueError for a policy or closer that cannot be used here.
 
-    Sources: Twisted's docs, ITransport.loseConnection, ITCPTransport.loseWriteConnection, IHalfCloseableProtocol.
+    Sources: Twisted's docs, ITransport.loseConnection, IPullProducer, IWriteDescriptor, IHalfCloseableProtocol.
     """
     return LingeringFactory(factory, policy, closer, reactor)
 
@@ -74,13 +76,14 @@ class LingeringProtocol(ProtocolWrapper):
     _started = 0
     _drained = 0
     _half_closed = False
+    _lost = False
     _timer: Any = None
 
     # For the protocol ------------------------------------------------------------------------------------
 
     def loseConnection(self) -> None:
         """Linger, once all that was written has gone out."""
-        if self.disconnecting or self.wrappedProtocol is None:
+        if self.disconnecting or self._lost:
             return
         self.disconnecting = 1
         self._policy = self.factory._its_policy()
@@ -88,16 +91,14 @@ class LingeringProtocol(ProtocolWrapper):
         if isinstance(self._policy, Abort):
             self._give_up()
             return
-        has_deadline = isinstance(self._policy, (Drain, Flush))
-        timeout = self._policy._terms[1] / 1e9 if has_deadline else LONGEST_FLUSH
-        self._timer = self.factory._clock().callLater(timeout, self._time_is_up)
-        self.transport.resumeProducing()  # a client that writes first reads only when we have read
         if not self._is_bare():
+            self._wait()
             self.transport.loseConnection()
         elif self._half_closed:
             self._hand_over()
         else:
-            self.transport.loseWriteConnection()
+            self.transport.pauseProducing()  # what has come in is the closer's, mostly
+            self._timer = self.factory._clock().callLater(0, self._flush)  # the transport may be busy: it has called us
 
     def pauseProducing(self) -> None:
         """As ever, until the connection is closing."""
@@ -116,8 +117,8 @@ class LingeringProtocol(ProtocolWrapper):
     def unregisterProducer(self) -> None:
         """As ever; a connection that is closing has waited for this."""
         super().unregisterProducer()
-        if self.disconnecting and self._is_bare() and not self._half_closed:
-            self.transport.loseWriteConnection()
+        if self.disconnecting and self._is_bare() and not (self._half_closed or self._lost):
+            self.factory._clock().callLater(0, self._flush)
 
     # For the transport -----------------------------------------------------------------------------------
 
@@ -148,6 +149,7 @@ class LingeringProtocol(ProtocolWrapper):
             self.transport.connectionLost(Failure(ConnectionDone()))  # as Twisted does
 
     def connectionLost(self, reason: Any = None) -> None:
+        self._lost = True  # a protocol that is told may well close once more
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -156,13 +158,38 @@ class LingeringProtocol(ProtocolWrapper):
     # Steps -----------------------------------------------------------------------------------------------
 
     def _is_bare(self) -> bool:
-        # A transport that half-closes, and tells us so.
+        # A transport over a socket and nothing else, that writes when it is told to.
         transport = self.transport
         return (
-            IHalfCloseableDescriptor.providedBy(transport)
+            IReadWriteDescriptor.providedBy(transport)
             and not isinstance(transport, ProtocolWrapper)
             and not ISSLTransport.providedBy(transport)
         )
+
+    def _wait(self) -> None:
+        has_deadline = isinstance(self._policy, (Drain, Flush))
+        timeout = self._policy._terms[1] / 1e9 if has_deadline else LONGEST_FLUSH
+        self._timer = self.factory._clock().callLater(timeout, self._time_is_up)
+        self.transport.resumeProducing()  # a client that writes first reads only when we have read
+
+    def _flush(self) -> None:
+        # A reactor writes when the kernel has room, which may take long when there is nothing to write at all.
+        if self._lost:
+            return
+        if self._timer is not None and not self._timer.active():
+            self._timer = None  # it was this call
+        try:
+            _AllWritten.ask(self.transport, self._hand_over)
+        except RuntimeError:  # the protocol has a producer: Twisted knows when that counts
+            self.transport.loseWriteConnection()
+        trouble = None
+        try:
+            trouble = self.transport.doWrite()
+        finally:  # a producer may raise
+            if trouble:
+                self.transport.connectionLost(Failure(trouble))
+            elif self._timer is None and not self._lost:
+                self._wait()
 
     def _hand_over(self) -> None:
         policy = self._policy
@@ -170,7 +197,9 @@ class LingeringProtocol(ProtocolWrapper):
             policy = left_of(policy, time.monotonic_ns() - self._started, self._drained)
         self.transport.pauseProducing()  # out of the reactor, as long as it has the fd
         self.factory._hand_over(self.transport.getHandle(), policy)
-        self.transport.loseConnection()  # at once: there is nothing left to write
+        # What loseConnection() does now that all is written, but that asks the reactor twice as often to forget a
+        # transport without an fd, which it has to look for among all others.
+        self.transport.connectionLost(Failure(ConnectionDone()))
 
     def _time_is_up(self) -> None:
         if self._timer.active():
@@ -187,7 +216,28 @@ class LingeringProtocol(ProtocolWrapper):
         self.transport.abortConnection()  # out of the reactor; our connectionLost comes a little later
         if isinstance(policy, (Drain, Flush)):
             policy = left_of(policy, -1, self._drained)
-        self.factory._hand_over(transport.getHandle(), policy)
+        self.factory._hand_over(transport.socket, policy)  # getHandle() is OpenSSL's after startTLS
+
+
+@implementer(IPullProducer)
+class _AllWritten:
+    """A producer of nothing: it is asked for more when all is written."""
+
+    def __init__(self, call: Callable[[], object]) -> None:
+        self._call = call
+
+    @classmethod
+    def ask(cls, transport: Any, call: Callable[[], object]) -> None:
+        """Have `call` called when `transport` has written all. RuntimeError when it has another producer."""
+        producer = cls(lambda: None)
+        transport.registerProducer(producer, False)  # which asks at once, whatever is written
+        producer._call = call
+
+    def resumeProducing(self) -> None:
+        self._call()
+
+    def stopProducing(self) -> None:
+        """The connection is lost, which our protocol is told too."""
 
 
 class LingeringFactory(WrappingFactory):
@@ -215,20 +265,17 @@ class LingeringFactory(WrappingFactory):
         protocol = self.wrappedFactory.buildProtocol(addr)
         return None if protocol is None else self.protocol(self, protocol)
 
-    def startFactory(self) -> None:
-        """Called with the first port."""
-        super().startFactory()
-        self._trigger = self._clock().addSystemEventTrigger("before", "shutdown", self._before_shutdown)
-
-    def stopFactory(self) -> None:
-        """Called with the last port."""
-        if self._trigger is not None:
-            self._clock().removeSystemEventTrigger(self._trigger)
-            self._trigger = None
-        super().stopFactory()
+    def registerProtocol(self, p: LingeringProtocol) -> None:
+        super().registerProtocol(p)
+        # Not by the ports: connections may outlive them, and some never came by one.
+        if self._trigger is None:
+            self._trigger = self._clock().addSystemEventTrigger("before", "shutdown", self._before_shutdown)
 
     def unregisterProtocol(self, p: LingeringProtocol) -> None:
         super().unregisterProtocol(p)
+        if self._trigger is not None and not self.protocols:
+            self._clock().removeSystemEventTrigger(self._trigger)
+            self._trigger = None
         if self._empty is not None and not self._closing():
             self._empty.callback(None)
             self._empty = None

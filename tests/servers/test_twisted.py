@@ -5,21 +5,22 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import ssl
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from closers import LONG, MORE_THAN_FITS, CloserMaker, nonzero
-from connections import DEADLINE, Ending, PairMaker, wait_until
+from closers import LONG, MORE_THAN_FITS, CloserMaker, nonzero, output_of, start_program
+from connections import A_LONG_LOOK, DEADLINE, Ending, PairMaker, wait_until
 from lingerx import Abort, Background, Drain, KernelLinger, Outcome, Policy
-from peers import Flooding, Polite, SlowReader, WritesFirst, read_to_end
+from peers import Call, Flooding, Polite, SlowReader, WritesFirst, read_to_end, reset
 from refusals import GOOD, UPLOAD
 
 from .kit import (
@@ -156,6 +157,7 @@ class Served:
         self.received = b""
         self.reason: Any = None
         self.transport: Any = None
+        self.when_lost: Callable[[], object] = lambda: None
 
 
 @pytest.fixture
@@ -190,6 +192,7 @@ def serve(closers: CloserMaker, tcp: PairMaker) -> Callable[..., tuple[Any, Serv
             def connectionLost(self, reason: Any = None) -> None:
                 served.events.append("lost")
                 served.reason = reason
+                served.when_lost()
 
         def build(_: object) -> Protocol:
             protocol = Recording()
@@ -218,6 +221,20 @@ def iterate_until(condition: Callable[[], bool]) -> None:
         reactor.iterate(0.005)
 
 
+@contextmanager
+def no_complaints() -> Iterator[None]:
+    """Nothing in this block makes Twisted log an error."""
+    from twisted.python import log
+
+    said: list[Any] = []
+    log.addObserver(said.append)
+    try:
+        yield
+    finally:
+        log.removeObserver(said.append)
+    assert not [event for event in said if event["isError"]]
+
+
 def lost(served: Served) -> Callable[[], bool]:
     return lambda: "lost" in served.events
 
@@ -233,8 +250,7 @@ class TestOneConnection:
             wait_until(lambda: closer.pending == 0)
         assert peer.ending == Ending(len(MORE_THAN_FITS), None)
         assert served.received == b""
-        # Twisted has half-closed before: when the peer was quicker than we, there is no connection any more.
-        assert set(nonzero(closer.stats())) <= {Outcome.PEER_CLOSED, Outcome.NOT_CONNECTED}
+        assert nonzero(closer.stats()) == {Outcome.PEER_CLOSED: 1}
         assert served.events == ["lost"]
         assert "cleanly" in str(served.reason)
 
@@ -345,6 +361,93 @@ class TestOneConnection:
         iterate_until(lost(served))
         assert read_to_end(client) == Ending(5, None)
 
+    @pytest.mark.parametrize("policy", [LONG, Abort()])
+    def test_closed_once_more_when_it_is_lost(self, serve: Any, policy: Policy) -> None:
+        closer, served, client = serve(policy)
+        served.when_lost = lambda: served.transport.loseConnection()
+        client.close()
+        with no_complaints():
+            iterate_until(lost(served))
+        assert closer.stats().handed_over == 0
+
+    def test_reset_while_a_producer_is_waited_for(self, serve: Any) -> None:
+        from twisted.internet.interfaces import IPushProducer
+        from zope.interface import implementer
+
+        @implementer(IPushProducer)
+        class Producer:
+            resumeProducing = pauseProducing = stopProducing = lambda _: None
+
+        closer, served, client = serve()
+        served.when_lost = lambda: served.transport.unregisterProducer()
+        served.transport.registerProducer(Producer(), True)
+        served.transport.write(10 * MORE_THAN_FITS)
+        served.transport.loseConnection()
+        reset(client)
+        with no_complaints():
+            iterate_until(lost(served))
+        assert closer.stats().handed_over == 0
+
+    @needs("OpenSSL")
+    def test_tls_by_starttls_ends_by_on_timeout(self, serve: Any, certificate: Certificate) -> None:
+        from twisted.internet.ssl import DefaultOpenSSLContextFactory
+
+        closer, served, client = serve(Drain(timeout=0.1))
+        served.transport.startTLS(DefaultOpenSSLContextFactory(certificate.key, certificate.chain))
+        context = ssl.create_default_context(cafile=certificate.authority)
+        with Call(lambda: context.wrap_socket(client, server_hostname="localhost")) as handshake:
+            iterate_until(lambda: not handshake.is_alive())
+        with handshake.result() as encrypted:
+            served.transport.write(b"hello")
+            served.transport.loseConnection()  # which the client, who is no reader, does not answer
+            iterate_until(lost(served))
+            assert encrypted.recv(10) == b"hello"
+            assert encrypted.recv(10) == b""
+            assert read_to_end(encrypted) == Ending(0, None), "it was reset"
+        assert nonzero(closer.stats()) == {Outcome.TIMED_OUT: 1}
+
+    def test_producer_that_is_never_unregistered(self, serve: Any) -> None:
+        from twisted.internet.interfaces import IPushProducer
+        from zope.interface import implementer
+
+        @implementer(IPushProducer)
+        class Producer:
+            resumeProducing = pauseProducing = stopProducing = lambda _: None
+
+        closer, served, client = serve()
+        served.transport.registerProducer(Producer(), True)
+        served.transport.write(b"hello")
+        served.transport.loseConnection()
+        with Polite(client) as peer:
+            iterate_until(lost(served))
+            wait_until(lambda: closer.pending == 0)
+        assert peer.ending == Ending(5, None)
+        assert closer.stats().handed_over == 1
+
+    def test_producer_raises(self, serve: Any) -> None:
+        from twisted.internet.interfaces import IPullProducer
+        from zope.interface import implementer
+
+        asked: list[None] = []
+
+        @implementer(IPullProducer)
+        class Producer:
+            def resumeProducing(self) -> None:
+                asked.append(None)
+                if len(asked) > 1:  # the first is at once
+                    raise RuntimeError("nothing to produce")
+
+            def stopProducing(self) -> None:
+                pass
+
+        closer, served, _client = serve(Drain(timeout=0.1))
+        served.transport.registerProducer(Producer(), False)
+        served.transport.write(b"hello")
+        served.transport.loseConnection()
+        iterate_until(lost(served))
+        assert len(asked) == 2
+        assert closer.join(DEADLINE)
+
     @pytest.mark.parametrize("streaming", [True, False])
     def test_producer_goes_on_to_its_end(self, serve: Any, streaming: bool) -> None:
         from twisted.internet.interfaces import IPullProducer, IPushProducer
@@ -376,6 +479,37 @@ class TestOneConnection:
             iterate_until(lost(served))
             wait_until(lambda: closer.pending == 0)
         assert peer.ending == Ending(20 * 300_000, None)
+
+
+STOPS = """if True:
+    import sys
+    from twisted.internet import reactor
+    from twisted.internet.protocol import Factory, Protocol
+    import lingerx.twisted
+
+    class Answers(Protocol):
+        def dataReceived(self, data):
+            self.transport.write(bytes(int(sys.argv[1])))
+            self.transport.loseConnection()
+            port.stopListening().addCallback(lambda _: reactor.callLater(0, reactor.stop))
+
+    port = reactor.listenTCP(0, lingerx.twisted.lingering(Factory.forProtocol(Answers)), interface="127.0.0.1")
+    print(port.getHost().port, flush=True)
+    reactor.run()
+"""
+
+
+def test_reactor_stops_when_no_port_is_left(engine_name: str, stack: ExitStack) -> None:
+    size = 5 * len(MORE_THAN_FITS)
+    program = start_program(engine_name, STOPS, size)
+    assert program.stdout is not None
+    address = "127.0.0.1", int(program.stdout.readline())
+    client = stack.enter_context(socket.create_connection(address, DEADLINE))
+    client.sendall(b"x")
+    time.sleep(A_LONG_LOOK)  # the port is closed, and the reactor is told to stop
+    assert read_to_end(client) == Ending(size, None)
+    client.close()
+    output_of(program)
 
 
 def test_wrong_terms() -> None:
