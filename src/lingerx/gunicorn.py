@@ -260,7 +260,7 @@ def _gevent_worker() -> type:
 
         def _copy(self, client: Any) -> socket.socket | None:
             plain: type[socket.socket] = get_original("socket", "socket")  # closers take no other
-            try:
+            try:  # by the number: with TLS the client has no dup()
                 return plain(client.family, client.type, client.proto, os.dup(client.fileno()))
             except OSError:  # no fd left
                 return None
