@@ -254,18 +254,22 @@ def import_time(programs: Path) -> float:
     return min(took)
 
 
-def check_wheel(python: Python, wheel: Path, work: Path, *, tests: bool) -> None:
-    say(f"{wheel.name}: fresh environment, no compiler{', tests' if tests else ''}")
-    place = work / f"try-{python.name}"
-    programs = new_environment(python, place)
-    env = without_compiler(programs)
+def check_wheel(python: Python, wheel: Path, work: Path) -> None:
+    say(f"{wheel.name}: fresh environment, no compiler")
+    programs = new_environment(python, work / f"try-{python.name}")
     elsewhere = work / f"elsewhere-{python.name}"
     elsewhere.mkdir()
-    extra = "test" if tests else "cli"
-    run(programs / "pip", "install", "--only-binary", ":all:", f"{wheel}[{extra}]", cwd=elsewhere, env=env)
+    env = without_compiler(programs)
+    run(programs / "pip", "install", "--only-binary", ":all:", f"{wheel}[cli]", cwd=elsewhere, env=env)
     try_installed(programs, elsewhere, "native")
-    if tests:
-        print("   ", run_tests(programs / "python", work / "tests", elsewhere))
+
+
+def test_wheel(python: Python, work: Path, tests: Path) -> str:
+    """The last line that pytest prints, outside of any tree with sources."""
+    programs = work / f"try-{python.name}" / "bin"
+    elsewhere = work / f"elsewhere-{python.name}"
+    run(programs / "pip", "install", "--find-links", work / "dist", "lingerx[test]", cwd=elsewhere)
+    return run_tests(programs / "python", tests, elsewhere)
 
 
 def run_tests(python: Path, tests: Path, elsewhere: Path, env: Mapping[str, str] | None = None) -> str:
@@ -342,10 +346,14 @@ def check(work: Path, *, long: bool) -> None:
         took = pool.map(lambda target: compile_for(target, built, headers, work, link=long), TARGETS)
         say(f"compiled {'and linked ' if long else ''}for", *took)
 
-    # In between stands the Python that runs all tests anyway.
     for python, wheel in zip(pythons, wheels, strict=True):
-        check_wheel(python, wheel, work, tests=python in (pythons[0], pythons[-1]))
+        check_wheel(python, wheel, work)
     check_sdist(sdist, work)
+    # In between stands the Python that runs all tests anyway.
+    tested = pythons if long else list(dict.fromkeys([pythons[0], pythons[-1]]))
+    with ThreadPoolExecutor(len(tested)) as pool:
+        passed = pool.map(lambda python: f"{python.name}: {test_wheel(python, work, tests)}", tested)
+        say("the tests, on what was installed", *passed)
     if long:
         import foreign
 

@@ -284,8 +284,8 @@ def _start(loop: Loop) -> None:
     monkey: Any = sys.modules.get("gevent.monkey")
     if monkey is not None and monkey.is_module_patched("_thread"):
         raise RuntimeError(
-            "gevent makes greenlets of threads here, and a closer's would hold up all others: use lingerx.gevent.Closer; "
-            "the socket is untouched"
+            "gevent makes greenlets of threads here, and a closer's would hold up all others: "
+            "use lingerx.gevent.Closer; the socket is untouched"
         )
     # By a thread of its own: a signal handler that raises in the middle of Thread.start would leave nobody knows what
     # behind, and handlers run in the main thread only. (The call below has happened, or it has not.)

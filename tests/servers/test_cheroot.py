@@ -18,6 +18,7 @@ from connections import DEADLINE
 from lingerx import KernelLinger, Policy, Report
 
 from .kit import (
+    FEWER_UPLOADS,
     At,
     Command,
     RefusedUploads,
@@ -65,6 +66,7 @@ class TestCheroot(Cheroot, RefusedUploads, RefusedUploadsOverTls, RefusedUploads
 
 
 class TestExample(RefusedUploads):
+    uploads = FEWER_UPLOADS
     name = "examples/cheroot_server.py"
     packages = ("cheroot",)
     test_without_the_adapter_answers_are_lost = None  # type: ignore[assignment]

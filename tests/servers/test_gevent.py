@@ -23,6 +23,7 @@ from refusals import finish
 
 from .kit import (
     BODY,
+    FEWER_UPLOADS,
     PATIENCE,
     At,
     Command,
@@ -98,11 +99,13 @@ class TestStreamServer(Gevent, RefusedUploads, RefusedUploadsOverTls, RefusedUpl
 
 @patching
 class TestStreamServerPatched(Gevent, RefusedUploads, RefusedUploadsOverTls, SilentClients):
+    uploads = FEWER_UPLOADS
     name, patched = "gevent, StreamServer, patch_all", True
 
 
 @patching
 class TestExample(RefusedUploads):
+    uploads = FEWER_UPLOADS
     name = "examples/gevent_server.py"
     packages = ("gevent",)
     test_without_the_adapter_answers_are_lost = None  # type: ignore[assignment]

@@ -20,6 +20,7 @@ from lingerx.listener import LingerListener
 
 from .hypercorn_config import VARIABLE
 from .kit import (
+    FEWER_UPLOADS,
     At,
     Command,
     RefusedUploads,
@@ -74,6 +75,7 @@ class TestHypercorn(CommandLine, RefusedUploads, RefusedUploadsOverTls, RefusedU
 
 
 class TestHypercornWithTwoWorkers(CommandLine, RefusedUploads):
+    uploads = FEWER_UPLOADS
     name, workers = "hypercorn, Config, 2 workers", 2
 
     # hypercorn kills the other workers as soon as the first has ended, whatever they still do.

@@ -11,6 +11,7 @@ import pytest
 from refusals import GOOD, Seen
 
 from .kit import (
+    FEWER_UPLOADS,
     At,
     Command,
     RefusedUploads,
@@ -113,6 +114,8 @@ class TestSerialHttpServer(Program, OnEveryLink):
 class TestThreadingHttpServerByItsListener(Program, OnEveryLink):
     """With TLS: `sslsocket_class`."""
 
+    uploads = FEWER_UPLOADS
+
     name, program = "http.server (threading), listener", "http.server-listener"
 
 
@@ -145,6 +148,8 @@ class TestWerkzeug(Program):
 
 class Example(RefusedUploads):
     """A file of examples/, which has no twin without lingerx."""
+
+    uploads = FEWER_UPLOADS
 
     file: str
     test_without_the_adapter_answers_are_lost = None  # type: ignore[assignment]

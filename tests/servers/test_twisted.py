@@ -24,6 +24,7 @@ from peers import Call, Flooding, Polite, SlowReader, WritesFirst, read_to_end, 
 from refusals import GOOD, UPLOAD
 
 from .kit import (
+    FEWER_UPLOADS,
     At,
     BigAnswers,
     Certificate,
@@ -101,14 +102,17 @@ class TestTwistedWebOverTls(Twisted, RefusedUploadsOverTls):
 
 
 class TestOnAsyncio(Twisted, RefusedUploads):
+    uploads = FEWER_UPLOADS
     name, reactor = "twisted.web, asyncio", "asyncioreactor"
 
 
 class TestOnSelect(Twisted, RefusedUploads):
+    uploads = FEWER_UPLOADS
     name, reactor = "twisted.web, select", "selectreactor"
 
 
 class TestExample(RefusedUploads):
+    uploads = FEWER_UPLOADS
     name = "examples/twisted_server.py"
     packages = ("twisted",)
     test_without_the_adapter_answers_are_lost = None  # type: ignore[assignment]

@@ -21,6 +21,7 @@ from refusals import GOOD
 
 from .apps import FRESH
 from .kit import (
+    FEWER_UPLOADS,
     At,
     BigAnswers,
     Command,
@@ -101,6 +102,7 @@ class TestOnHttpToolsAndUvloop(_OnUvloop, RefusedUploadsOnASlowLink):
 
 
 class TestWithTwoWorkers(CommandLine, RefusedUploads):
+    uploads = FEWER_UPLOADS
     name, protocol, workers, loop = "uvicorn, 2 workers", "AutoHTTPProtocol", 2, "auto"
     exit_status = 0
 
