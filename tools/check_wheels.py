@@ -54,6 +54,10 @@ PORTABLE_TAGS = (["--python-tag", "pp3.pp310.pp311.pp312"], ["--platform-tag", "
 pip on PyPy takes pp311-none-any where `packaging` says pp3-none-any. (uv takes neither, and builds the sdist.)
 """
 
+NOT_HERE = ("servers", "test_anyio.py", "test_trio.py")
+"""Of the tests: what is about other people's code more than about the Python that runs it."""
+SHORT = ("-m", "not slow", "-k", "not portable")
+
 SLOW_IMPORT = 200.0
 """Milliseconds beyond `import socket`; a few are normal. A generous guess: the machine may be busy."""
 
@@ -275,7 +279,7 @@ def test_wheel(python: Python, work: Path, tests: Path) -> str:
 def run_tests(python: Path, tests: Path, elsewhere: Path, env: Mapping[str, str] | None = None) -> str:
     """Outside of any tree with sources: the last line that pytest prints. pyproject.toml makes warnings errors."""
     shutil.copytree(tests, elsewhere, dirs_exist_ok=True)
-    command = [python, "-m", "pytest", "-q", "--ignore=tests/servers", "-m", "not slow", "-k", "not portable"]
+    command = [python, "-m", "pytest", "-q", *map("--ignore=tests/{}".format, NOT_HERE), *SHORT]
     return run(*command, cwd=elsewhere, env=env).rstrip().rpartition("\n")[2]
 
 
