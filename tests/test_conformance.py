@@ -15,6 +15,7 @@ from conformance import Closer, Engine, Graceful, Immediate
 from connections import DEADLINE, PairMaker
 from lingerx import LingerSocket, Policy, Report
 from lingerx.socketserver import LingeringMixIn
+from lingerx.wsgi import LingeringMiddleware
 
 
 @pytest.fixture(params=["close", "close_fd", "close_all_of_one", "close_all_of_several"])
@@ -105,6 +106,25 @@ class TestRequestsThatLinger(Graceful):
             server = Server()
             server.policy, server.closer = policy, reporting
             server.shutdown_request(sock)
+            return report_of(reporting)
+
+        return close
+
+
+class TestCopiesThatLinger(Graceful):
+    """What the WSGI middleware does when an answer has ended, before the server's own close."""
+
+    @pytest.fixture
+    def closer(self, reporting: Any) -> Closer:
+        def close(sock: socket.socket, policy: Policy) -> Report:
+            if sock.fileno() < 0:  # a server does not answer there
+                reporting.close(sock)
+                return report_of(reporting)
+            app = LingeringMiddleware(lambda environ, start_response: [], policy=policy, closer=reporting)
+            body: Any = app({"gunicorn.socket": sock, "wsgi.multithread": False}, lambda status, fields: None)
+            assert list(body) == []
+            body.close()
+            sock.close()
             return report_of(reporting)
 
         return close
