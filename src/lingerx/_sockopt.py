@@ -14,6 +14,10 @@ from contextlib import suppress
 
 from ._status import STATES, TcpStatus
 
+if sys.platform != "win32":
+    import fcntl
+    import termios
+
 NO_SOCKET = (errno.EBADF, errno.ENOTSOCK)
 """The errnos that say: this number is not, or is not any more, an open socket."""
 
@@ -65,8 +69,6 @@ def send_queue(sock: socket.socket, fin: int) -> int:
     if sock.family == LOCAL_FAMILY:
         queue = 0  # what the kernel took is already in the peer's queue (unix(7))
     elif sock.family in TCP_FAMILIES and sys.platform == "linux":
-        import termios  # as late as fcntl, see below
-
         queue = _ioctl(sock, termios.TIOCOUTQ)
     elif sock.family in TCP_FAMILIES and sys.platform == "darwin":
         queue = sock.getsockopt(socket.SOL_SOCKET, SO_NWRITE)
@@ -106,8 +108,6 @@ def tcp_status(sock: socket.socket) -> TcpStatus:
                 unsent -= 1
     unread = -1
     if sys.platform != "win32":
-        import termios
-
         unread = _ioctl(sock, termios.FIONREAD)
     return TcpStatus(state, *(None if value < 0 else value for value in (unsent, unacked, unread)))
 
@@ -115,9 +115,6 @@ def tcp_status(sock: socket.socket) -> TcpStatus:
 def _ioctl(sock: socket.socket, request: int) -> int:
     # Borrows. A number of bytes.
     if sys.platform != "win32":
-        # Not at the top: the native engine has its own, and the two are a quarter of what `import lingerx` takes.
-        import fcntl
-
         try:
             return int(struct.unpack("i", fcntl.ioctl(sock.fileno(), request, bytes(4)))[0])
         except OSError as error:
