@@ -91,15 +91,15 @@ class Python(NamedTuple):
     path: Path
 
 
-def run(*command: object, cwd: Path | None = None, env: Mapping[str, str] | None = None, fails: bool = False) -> str:
-    """What a command prints; it must succeed, or fail where that is wanted."""
+def run(*command: object, cwd: Path | None = None, env: Mapping[str, str] | None = None, may_fail: bool = False) -> str:
+    """What a command prints. Ends the program when it fails, unless it may."""
     words = [str(word) for word in command]
     environment = clean_environment() | dict(env or {})
     done = subprocess.run(
         words, cwd=cwd, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
     output = done.stdout.decode(errors="replace")
-    if (done.returncode != 0) is not fails:
+    if done.returncode != 0 and not may_fail:
         raise SystemExit(f"{output}\nexit status {done.returncode}: {' '.join(words)}")
     return output
 
@@ -276,11 +276,13 @@ def test_wheel(python: Python, work: Path, tests: Path) -> str:
     return run_tests(programs / "python", tests, elsewhere)
 
 
-def run_tests(python: Path, tests: Path, elsewhere: Path, env: Mapping[str, str] | None = None) -> str:
+def run_tests(
+    python: Path, tests: Path, elsewhere: Path, env: Mapping[str, str] | None = None, may_fail: bool = False
+) -> str:
     """Outside of any tree with sources: the last line that pytest prints. pyproject.toml makes warnings errors."""
     shutil.copytree(tests, elsewhere, dirs_exist_ok=True)
     command = [python, "-m", "pytest", "-q", *map("--ignore=tests/{}".format, NOT_HERE), *SHORT]
-    return run(*command, cwd=elsewhere, env=env).rstrip().rpartition("\n")[2]
+    return run(*command, cwd=elsewhere, env=env, may_fail=may_fail).rstrip().rpartition("\n")[2]
 
 
 def tests_of(sdist: Path, work: Path) -> Path:
