@@ -114,7 +114,7 @@ def check_unstable(sdist: Path, portable: Iterable[Path], tests: Path, work: Pat
 def chroot(root: Path, *command: object, env: Iterable[str] = ()) -> str:
     """In a mount namespace of its own, so that /proc is gone afterwards, whatever happens."""
     script = 'mount -t proc proc "$0/proc" && mount --rbind /dev "$0/dev" && exec chroot "$0" "$@"'
-    shared = ["env", "--chdir=/lingerx", "LANG=C.UTF-8", *env]
+    shared = ["env", "--default-signal=INT", "--chdir=/lingerx", "LANG=C.UTF-8", *env]
     return run("unshare", "--mount", "sh", "-c", script, root, *shared, *command)
 
 
