@@ -282,7 +282,8 @@ def run_tests(
     """Outside of any tree with sources: the last line that pytest prints. pyproject.toml makes warnings errors."""
     shutil.copytree(tests, elsewhere, dirs_exist_ok=True)
     # Run in the background, this program is born with SIGINT ignored, and the tests interrupt themselves.
-    command = ["env", "--default-signal=INT", python, "-m", "pytest", "-q", *map("--ignore=tests/{}".format, NOT_HERE), *SHORT]
+    command = ["env", "--default-signal=INT", python, "-m", "pytest", "-q", *SHORT]
+    command += map("--ignore=tests/{}".format, NOT_HERE)
     return run(*command, cwd=elsewhere, env=env, may_fail=may_fail).rstrip().rpartition("\n")[2]
 
 
