@@ -59,6 +59,10 @@ def is_tls(sock: socket.socket) -> TypeGuard[SSLSocket]:
     return ssl is not None and isinstance(sock, ssl.SSLSocket) and sock.version() is not None
 
 
+LOOKS_FOR_FD = sys.version_info >= (3, 15)
+"""An SSLSocket that was detached cannot write any more ("underlying socket connection gone")."""
+
+
 def check_unencrypted(sock: socket.socket) -> None:
     """Raises ValueError for an SSLSocket with a session: its data cannot be sent in the background. Borrows.
 
@@ -110,10 +114,17 @@ def send_and_close(
         attach(raw, fd)
         with suppress(OSError):
             sock.settimeout(0.0)
+        if LOOKS_FOR_FD:
+            blocking = sys.platform != "win32" and os.get_blocking(fd)
+            attach(sock, fd)
+            sock.settimeout(0.0)
+            if blocking:
+                os.set_blocking(fd, True)
         sending = _Sending(sock, raw, data, policy, started)
         sending.run()
         if sending.outcome is None:
-            attach(sock, fd)
+            if not LOOKS_FOR_FD:
+                attach(sock, fd)
             _unwrap(sock)
         take(sock)
         elapsed = time.monotonic_ns() - started if sending.outcome is None else -1
