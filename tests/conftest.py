@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import os
 import socket
+import ssl
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -95,6 +96,18 @@ def closers(engine_name: str) -> Iterator[CloserMaker]:
     """Makes closers over each engine in turn, and shuts them down after the test."""
     with ended_afterwards(closer_over(engine_name)) as make:
         yield make
+
+
+@pytest.fixture(scope="module")
+def contexts() -> tuple[ssl.SSLContext, ssl.SSLContext]:
+    """TLS for localhost: the server's and the client's."""
+    trustme = pytest.importorskip("trustme", reason="trustme makes the certificates")
+    authority = trustme.CA()
+    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("localhost").configure_cert(server)
+    client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    authority.configure_trust(client)
+    return server, client
 
 
 @pytest.fixture

@@ -53,17 +53,6 @@ def closer(closers: CloserMaker) -> Closer:
     return closers(LONG)
 
 
-@pytest.fixture(scope="module")
-def contexts() -> Contexts:
-    """The server's and the client's."""
-    authority = trustme.CA()
-    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    authority.issue_cert("localhost").configure_cert(server)
-    client = ssl.create_default_context()
-    authority.configure_trust(client)
-    return server, client
-
-
 @pytest.fixture(scope="module", autouse=True)
 def what_uvloop_keeps() -> None:
     """libuv makes a pipe for signals and threads for getaddrinfo, once, and keeps them."""

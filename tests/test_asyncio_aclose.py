@@ -42,18 +42,6 @@ def closer(closers: CloserMaker) -> Closer:
     return closers(LONG)
 
 
-@pytest.fixture(scope="module")
-def contexts() -> tuple[ssl.SSLContext, ssl.SSLContext]:
-    """The server's and the client's."""
-    trustme = pytest.importorskip("trustme", reason="trustme makes the certificates")
-    authority = trustme.CA()
-    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    authority.issue_cert("localhost").configure_cert(server)
-    client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    authority.configure_trust(client)
-    return server, client
-
-
 # Limits while there is something to send ------------------------------------------------------------------
 
 

@@ -412,18 +412,6 @@ def uploads_to_asyncio(listener: socket.socket, count: int, tls: tuple[ssl.SSLCo
     return asyncio.run(run())
 
 
-@pytest.fixture(scope="module")
-def contexts() -> tuple[ssl.SSLContext, ssl.SSLContext]:
-    """The server's and the client's."""
-    trustme = pytest.importorskip("trustme", reason="trustme makes the certificates")
-    authority = trustme.CA()
-    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    authority.issue_cert("localhost").configure_cert(server)
-    client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    authority.configure_trust(client)
-    return server, client
-
-
 @pytest.mark.parametrize("encrypted", [False, True], ids=["plain", "tls"])
 def test_asyncio_server(closer: Closer, contexts: tuple[ssl.SSLContext, ssl.SSLContext], encrypted: bool) -> None:
     tls = contexts if encrypted else None

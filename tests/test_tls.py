@@ -55,17 +55,6 @@ class TlsPairMaker(Protocol):
     ) -> tuple[ssl.SSLSocket, ssl.SSLSocket]: ...
 
 
-@pytest.fixture(scope="module")
-def contexts() -> tuple[ssl.SSLContext, ssl.SSLContext]:
-    """The server's and the client's."""
-    authority = trustme.CA()
-    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    authority.issue_cert("localhost").configure_cert(server)
-    client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    authority.configure_trust(client)
-    return server, client
-
-
 @pytest.fixture
 def tls(tcp: PairMaker, stack: ExitStack, contexts: tuple[ssl.SSLContext, ssl.SSLContext]) -> TlsPairMaker:
     """Makes connected (ours, peer) pairs: the server's end and the client's, which wants to see a close_notify."""

@@ -44,17 +44,6 @@ def closer(closers: CloserMaker) -> Closer:
     return closers(LONG)
 
 
-@pytest.fixture(scope="module")
-def contexts() -> tuple[ssl.SSLContext, ssl.SSLContext]:
-    """The server's and the client's."""
-    authority = trustme.CA()
-    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    authority.issue_cert("localhost").configure_cert(server)
-    client = ssl.create_default_context()
-    authority.configure_trust(client)
-    return server, client
-
-
 def run(main: Callable[[], Awaitable[Any]]) -> Any:
     """In trio, but not for ever."""
 
