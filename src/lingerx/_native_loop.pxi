@@ -31,7 +31,7 @@ cdef long long GIVE_UP_TIME = 20000
 
 cdef enum:
     BOOKED_AT_ONCE = 64       # while the hot side waits for the lock: a guess
-    INBOX_TO_KEEP = 1024      # places of an inbox that is empty again: a guess
+    INBOX_TO_KEEP = 256       # places of an inbox that is empty again, 24 KiB: a guess
     ENTRIES_AT_FIRST = 65536  # at most. Memory that is not used costs nothing, and growing leaves holes behind.
     DATA_IS_SENT = 255        # as an outcome: there is none yet, but the parcel's data can go
     COPY_IS_CLOSED = -2       # as an fd: in a forked child
