@@ -14,33 +14,35 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import re
 import shutil
 import subprocess
 import sys
-import tarfile
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import distribution
 from pathlib import Path
 from typing import NamedTuple
 
+from building import (
+    COPY_HEADERS,
+    MACHINE,
+    OLDEST_GLIBC,
+    RELEASE,
+    ROOT,
+    STRICT,
+    TOOLS,
+    ZIG,
+    repair,
+    run,
+    run_tests,
+    say,
+    unpack,
+    zig_environment,
+)
 from packaging.tags import sys_tags
 from packaging.utils import parse_wheel_filename
-
-ROOT = Path(__file__).resolve().parent.parent
-TOOLS = Path(sys.executable).parent
-MACHINE = platform.machine()
-ZIG = Path(str(distribution("ziglang").locate_file("ziglang/zig")))
-OLDEST_GLIBC = (2, 17)
-
-# Newer compilers refuse these; all must, or a missing header goes unseen.
-REFUSED = ("implicit-function-declaration", "incompatible-pointer-types", "int-conversion")
-STRICT = [f"-Werror={name}" for name in REFUSED]
-RELEASE = ["-O2", "-g0", "-DNDEBUG", "-fwrapv"]
 
 TARGETS = (
     *("x86_64-linux-gnu.2.17", "aarch64-linux-gnu.2.17", "x86_64-linux-musl", "aarch64-linux-musl"),
@@ -54,9 +56,6 @@ PORTABLE_TAGS = (["--python-tag", "pp3.pp310.pp311.pp312"], ["--platform-tag", "
 pip on PyPy takes pp311-none-any where `packaging` says pp3-none-any. (uv takes neither, and builds the sdist.)
 """
 
-NOT_HERE = ("servers", "test_anyio.py", "test_trio.py")
-"""Of the tests: what is about other people's code more than about the Python that runs it."""
-SHORT = ("-m", "not slow", "-k", "not portable")
 
 SLOW_IMPORT = 200.0
 """Milliseconds beyond `import socket`; a few are normal. A generous guess: the machine may be busy."""
@@ -72,48 +71,11 @@ print(f"{version[0]}.{version[1]}{threads} {version[2]:03} {sys.executable}")
 """
 
 
-# Debian's pyconfig.h only says where that of each of its machines is, which zig would not find.
-COPY_HEADERS = """
-import os, shutil, sys, sysconfig
-include, into = sysconfig.get_path("include"), sys.argv[1]
-shutil.copytree(include, into)
-folder, name = os.path.split(include)
-settings = os.path.join(folder, sysconfig.get_config_var("MULTIARCH") or "", name, "pyconfig.h")
-if os.path.exists(settings):
-    shutil.copy(settings, into)
-"""
-
-
 class Python(NamedTuple):
     """An interpreter: "3.10" or "3.14t", and where it is."""
 
     name: str
     path: Path
-
-
-def run(*command: object, cwd: Path | None = None, env: Mapping[str, str] | None = None, may_fail: bool = False) -> str:
-    """What a command prints. Ends the program when it fails, unless it may."""
-    words = [str(word) for word in command]
-    environment = clean_environment() | dict(env or {})
-    done = subprocess.run(
-        words, cwd=cwd, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
-    output = done.stdout.decode(errors="replace")
-    if done.returncode != 0 and not may_fail:
-        raise SystemExit(f"{output}\nexit status {done.returncode}: {' '.join(words)}")
-    return output
-
-
-def clean_environment() -> dict[str, str]:
-    """What the caller has set must not choose what is built."""
-    mine = ("LINGERX_", "PYTHON", "PYTEST_", "VIRTUAL_ENV", "CC", "CFLAGS", "LDFLAGS", "LDSHARED")
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(mine)}
-    kept["PATH"] = f"{TOOLS}{os.pathsep}{kept['PATH']}"
-    return kept
-
-
-def say(step: str, *lines: object) -> None:
-    print(f"[{time.monotonic() - BEGAN:4.0f} s] {step}", *lines, sep="\n    ", flush=True)
 
 
 # --- building ---
@@ -157,20 +119,6 @@ def build_sdist(source: Path, into: Path) -> Path:
     return sdist
 
 
-def unpack(sdist: Path, into: Path) -> Path:
-    with tarfile.open(sdist) as archive:
-        archive.extractall(into)
-    (tree,) = into.iterdir()
-    return tree
-
-
-def zig_environment(target: str, headers: Path, zig: Path = ZIG) -> dict[str, str]:
-    """For a build by setuptools."""
-    compiler = f"{zig} cc -target {target}"
-    flags = " ".join([*RELEASE, *STRICT, f"-I{headers}"])
-    return {"CC": compiler, "LDSHARED": f"{compiler} -shared", "CFLAGS": flags, "LDFLAGS": "-s"}
-
-
 def build_wheel(python: Python, sdist: Path, work: Path) -> Path:
     """A manylinux wheel. Always from a tree of its own: what another Python left there would go into the wheel."""
     tree = unpack(sdist, work / f"tree-{python.name}")
@@ -183,18 +131,6 @@ def build_wheel(python: Python, sdist: Path, work: Path) -> Path:
     run(pip, "wheel", "--no-deps", "--wheel-dir", raw, tree, env=env)
     (wheel,) = raw.glob("*.whl")
     return repair(wheel, work / "dist")
-
-
-def repair(wheel: Path, into: Path) -> Path:
-    """Named by the oldest glibc it needs, which must be old enough."""
-    before = set(into.glob("*.whl"))
-    run(TOOLS / "auditwheel", "repair", "--wheel-dir", into, wheel)
-    new = sorted(path for path in into.glob("*.whl") if path.name.startswith(wheel.name.rpartition("-")[0]))
-    (repaired,) = set(new) - before
-    shown = run(TOOLS / "auditwheel", "show", repaired)
-    (glibc,) = re.findall(r'following\s+platform\s+tag:\s+"manylinux_(\d+)_(\d+)_', shown)
-    assert tuple(map(int, glibc)) <= OLDEST_GLIBC, shown
-    return repaired
 
 
 def build_portable(sdist: Path, work: Path) -> list[Path]:
@@ -236,15 +172,15 @@ def without_compiler(programs: Path) -> dict[str, str]:
     return {"PATH": str(programs)}
 
 
-def try_installed(programs: Path, elsewhere: Path, engine: str) -> None:
-    """The smoke test and the commands, and what the import costs."""
+def try_installed(programs: Path, elsewhere: Path, engine: str) -> str:
+    """The smoke test, whose last line this is, and the commands."""
     env = without_compiler(programs)
     command = [programs / "python", "-X", "dev", "-W", "error", ROOT / "tools" / "smoke.py", engine]
-    print("   ", run(*command, cwd=elsewhere, env=env).strip())
+    told = run(*command, cwd=elsewhere, env=env).strip()
     run(programs / "lingerx", "--version", cwd=elsewhere, env=env)
     run(programs / "lingerx", "doctor", cwd=elsewhere, env=env)
     run(programs / "lingerx", "demo", "--uploads", "2", cwd=elsewhere, env=env)
-    print(f"    import lingerx: {import_time(programs):.1f} ms beyond import socket")
+    return told
 
 
 def import_time(programs: Path) -> float:
@@ -258,14 +194,14 @@ def import_time(programs: Path) -> float:
     return min(took)
 
 
-def check_wheel(python: Python, wheel: Path, work: Path) -> None:
-    say(f"{wheel.name}: fresh environment, no compiler")
+def check_wheel(python: Python, wheel: Path, work: Path) -> str:
+    """In a fresh environment without a compiler."""
     programs = new_environment(python, work / f"try-{python.name}")
     elsewhere = work / f"elsewhere-{python.name}"
     elsewhere.mkdir()
     env = without_compiler(programs)
     run(programs / "pip", "install", "--only-binary", ":all:", f"{wheel}[cli]", cwd=elsewhere, env=env)
-    try_installed(programs, elsewhere, "native")
+    return f"{wheel.name}: {try_installed(programs, elsewhere, 'native')}"
 
 
 def test_wheel(python: Python, work: Path, tests: Path) -> str:
@@ -276,17 +212,6 @@ def test_wheel(python: Python, work: Path, tests: Path) -> str:
     return run_tests(programs / "python", tests, elsewhere)
 
 
-def run_tests(
-    python: Path, tests: Path, elsewhere: Path, env: Mapping[str, str] | None = None, may_fail: bool = False
-) -> str:
-    """Outside of any tree with sources: the last line that pytest prints. pyproject.toml makes warnings errors."""
-    shutil.copytree(tests, elsewhere, dirs_exist_ok=True)
-    # Run in the background, this program is born with SIGINT ignored, and the tests interrupt themselves.
-    command = ["env", "--default-signal=INT", python, "-m", "pytest", "-q", *SHORT]
-    command += map("--ignore=tests/{}".format, NOT_HERE)
-    return run(*command, cwd=elsewhere, env=env, may_fail=may_fail).rstrip().rpartition("\n")[2]
-
-
 def tests_of(sdist: Path, work: Path) -> Path:
     """What the sdist carries, without the sources of the package."""
     tree = unpack(sdist, work / "sdist-tests")
@@ -295,13 +220,13 @@ def tests_of(sdist: Path, work: Path) -> Path:
     return tree.rename(work / "tests")
 
 
-def check_sdist(sdist: Path, work: Path) -> None:
-    say(f"{sdist.name}: fresh environment, an empty folder, this machine's compiler")
+def check_sdist(sdist: Path, work: Path) -> str:
+    """In a fresh environment and an empty folder, by this machine's compiler."""
     programs = new_environment(Python("sdist", Path(sys.executable)), work / "try-sdist")
     elsewhere = work / "elsewhere-sdist"
     elsewhere.mkdir()
     run(programs / "pip", "install", "--no-cache-dir", f"{sdist}[cli]", cwd=elsewhere)
-    try_installed(programs, elsewhere, "native")
+    return f"{sdist.name}: {try_installed(programs, elsewhere, 'native')}"
 
 
 # --- other platforms ---
@@ -344,22 +269,25 @@ def check(work: Path, *, long: bool) -> None:
 
     say("wheels, from the sdist: " + ", ".join(python.name for python in pythons), "and those for PyPy and Windows")
     with ThreadPoolExecutor(os.cpu_count()) as pool:
+        portable_made = pool.submit(build_portable, sdist, work)
         wheels = list(pool.map(lambda python: build_wheel(python, sdist, work), pythons))
-        portable = build_portable(sdist, work)
-        check_contents(source, sdist, [*wheels, *portable])
-        say("they hold what they should", *(path.name for path in [*wheels, *portable]))
-
+        portable = portable_made.result()
+        # Compilers work and programs wait: side by side they take no longer than either.
         (built,) = (work / f"tree-{pythons[-1].name}").iterdir()
         headers = work / f"headers-{pythons[-1].name}"
-        took = pool.map(lambda target: compile_for(target, built, headers, work, link=long), TARGETS)
-        say(f"compiled {'and linked ' if long else ''}for", *took)
+        tried = [pool.submit(check_sdist, sdist, work)]
+        compiled = [pool.submit(compile_for, target, built, headers, work, link=long) for target in TARGETS]
+        tried += [pool.submit(check_wheel, *each, work) for each in zip(pythons, wheels, strict=True)]
+        check_contents(source, sdist, [*wheels, *portable])
+        say("they hold what they should", *(path.name for path in [*wheels, *portable]))
+        say(f"compiled {'and linked ' if long else ''}for", *(future.result() for future in compiled))
+        say("fresh environments, for the wheels without a compiler", *(future.result() for future in tried))
+    took = (f"{python.name}: {import_time(work / f'try-{python.name}' / 'bin'):.1f}" for python in pythons)
+    say("import lingerx, ms beyond import socket", *took)
 
-    for python, wheel in zip(pythons, wheels, strict=True):
-        check_wheel(python, wheel, work)
-    check_sdist(sdist, work)
     # In between stands the Python that runs all tests anyway.
     tested = pythons if long else list(dict.fromkeys([pythons[0], pythons[-1]]))
-    with ThreadPoolExecutor(len(tested)) as pool:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
         passed = pool.map(lambda python: f"{python.name}: {test_wheel(python, work, tests)}", tested)
         say("the tests, on what was installed", *passed)
     if long:
@@ -368,8 +296,6 @@ def check(work: Path, *, long: bool) -> None:
         foreign.check(sdist, portable, tests, work)
     say("all is well")
 
-
-BEGAN = time.monotonic()
 
 if __name__ == "__main__":
     main()

@@ -4,7 +4,7 @@
 - CPython 3.14 and 3.15, in a folder of Debian unstable that is only this run's; there PyPy too, the smoke test alone.
 
 Both folders come by debootstrap.
-Not here: how a wheel is built for the Python that runs this, which check_wheels.py knows.
+Not here: what is built and tried for the Pythons of this machine, which check_wheels.py knows.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from check_wheels import COPY_HEADERS, ROOT, ZIG, repair, run, run_tests, say, unpack, zig_environment
+from building import COPY_HEADERS, ROOT, ZIG, repair, run, run_tests, say, unpack, zig_environment
 
 RELEASES = ("3.14", "3.15")
 GLIBCS = (17, 24, 28, 31, 34)
