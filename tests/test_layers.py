@@ -16,7 +16,7 @@ PACKAGE = Path(lingerx.__file__).parent
 BOTTOM = {"_machine", "policy", "report"}
 """They import nothing of ours."""
 
-HELPERS = {"_arguments", "_ledger", "_offers", "_ownership", "_sockopt", "_status", "_tls"}
+HELPERS = {"_arguments", "_ledger", "_named_tuple", "_offers", "_ownership", "_sockopt", "_status", "_tls"}
 """Allowed below the engines: checks, words, values, socket options, and what TLS has to say."""
 
 ENGINES = {"_native", "_portable"}
@@ -137,7 +137,7 @@ def test_nothing_imports_in_a_circle() -> None:
 
 
 def _for_type_checkers(node: ast.stmt) -> list[ast.stmt]:
-    """What stands in `if typing.TYPE_CHECKING` and its else."""
+    """What stands in `if TYPE_CHECKING` and its else."""
     return node.body + node.orelse if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test) else []
 
 
@@ -146,7 +146,9 @@ def test_the_door_has_no_logic() -> None:
     for node in tree.body:
         names = all(isinstance(part, (ast.ImportFrom, ast.Import)) for part in _for_type_checkers(node) or [node])
         words = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-        about = isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) in ("__all__", "__version__")
+        about = isinstance(node, ast.Assign | ast.Delete) and (
+            ast.unparse(node.targets[0]) in ("__all__", "__version__", "TYPE_CHECKING")
+        )
         assert names or words or about, ast.unparse(node)
 
 

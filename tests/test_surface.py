@@ -146,12 +146,23 @@ def test_what_a_type_shows_is_documented(name: str) -> None:
     assert [member for member in members if not inspect.getdoc(member)] == []
 
 
-def test_the_import_is_light() -> None:
-    done = _run("import sys; before = set(sys.modules); import lingerx; print(*sorted(set(sys.modules) - before))")
+def _loaded(engine: str | None = None) -> set[str]:
+    program = "import sys; before = set(sys.modules); import lingerx; print(*sorted(set(sys.modules) - before))"
+    done = _run(program, engine)
     assert done.returncode == 0, done.stderr
-    loaded = {name.partition(".")[0] for name in done.stdout.split()}
+    return {name.partition(".")[0] for name in done.stdout.split()}
+
+
+def test_the_import_is_light() -> None:
+    loaded = _loaded()
     assert "lingerx" in loaded
     assert loaded.isdisjoint(HEAVY)
+
+
+@pytest.mark.skipif(not NATIVE_IS_HERE, reason="portable build: lingerx._native is not installed")
+def test_the_native_engine_does_without_typing() -> None:
+    """Which costs half as much as all of lingerx, and is for type checkers. (The portable engine casts.)"""
+    assert "typing" not in _loaded("native")
 
 
 def test_the_import_opens_nothing_and_starts_nothing() -> None:

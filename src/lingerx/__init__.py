@@ -3,8 +3,6 @@
 The public names. No logic may live here.
 """
 
-import typing as _typing
-
 from ._closing import closing
 from ._engine import (
     abort,
@@ -23,10 +21,12 @@ from .listener import LingerSocket, create_server, wrap_listener
 from .policy import Abort, Background, Drain, Flush, KernelLinger, Policy, policy_from_linger
 from .report import Outcome, Report
 
-if _typing.TYPE_CHECKING:
+TYPE_CHECKING = False
+if TYPE_CHECKING:
     from .listener import LingerSSLSocket
 else:
     from .listener import __getattr__ as __getattr__  # LingerSSLSocket, when it is asked for: it imports ssl
+del TYPE_CHECKING
 
 __version__ = "0.1.0"
 

@@ -9,13 +9,15 @@ from __future__ import annotations
 import errno
 import os
 import socket
-from typing import TYPE_CHECKING, Any, NoReturn
 
 from ._ownership import attach, blank
 from ._sockopt import NO_SOCKET
 from .policy import LONGEST_KERNEL_LINGER, Drain, Flush, KernelLinger, Policy, seconds_to_ns
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any, NoReturn
+
     from typing_extensions import Buffer
 
 __all__ = [

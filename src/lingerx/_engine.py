@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from importlib import import_module
 from types import ModuleType
-from typing import TYPE_CHECKING
 
 
 def _pick(wanted: str | None) -> tuple[str, ModuleType]:
@@ -33,6 +32,7 @@ def _pick(wanted: str | None) -> tuple[str, ModuleType]:
 engine, _module = _pick(os.environ.get("LINGERX_ENGINE"))
 """Which engine runs: "native" or "portable"."""
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from ._offers import Loop as Loop
     from ._offers import abort as abort

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
-
 from .report import Outcome
 
-__all__ = ["LINGER_TIMES", "ON_FULL", "OnFull", "Stats"]
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Literal, NamedTuple
 
-OnFull = Literal["shed_oldest", "background", "abort_oldest"]
+    OnFull = Literal["shed_oldest", "background", "abort_oldest"]
+else:
+    from ._named_tuple import NamedTuple
+
+__all__ = ["LINGER_TIMES", "ON_FULL", "Stats"]
+
 ON_FULL: tuple[OnFull, ...] = ("shed_oldest", "background", "abort_oldest")
 """What happens beyond `max_pending`. An engine knows them by their places."""
 

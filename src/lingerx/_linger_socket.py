@@ -6,11 +6,13 @@ A file of its own, for its TLS twin stands on it and is imported only by those w
 from __future__ import annotations
 
 import socket
-from typing import TYPE_CHECKING, Any
 
 from ._terms import Terms, came_of_a_fork_since, has_forked_since, last_fork
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from typing_extensions import Self
 
 __all__ = ["LingerSocket"]

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
 
 from ._status import TcpStatus
 from .policy import Policy
 from .report import Report
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from concurrent.futures import Future
     from threading import Thread

@@ -26,15 +26,16 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, TypeGuard
 
 from ._ownership import attach, blank, drop, take
 from ._sockopt import NO_SOCKET
 from .policy import Policy, left_of
 from .report import Outcome, Report
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from ssl import SSLSocket
+    from typing import TypeGuard
 
 __all__ = ["check_unencrypted", "is_tls", "say_goodbye", "send_and_close"]
 

@@ -20,18 +20,21 @@ import time
 import weakref
 from collections.abc import Iterable
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
 
 from . import _arguments
 from ._engine import Loop
-from ._ledger import LINGER_TIMES, ON_FULL, OnFull, Stats
+from ._ledger import LINGER_TIMES, ON_FULL, Stats
 from .policy import Drain, Policy, seconds_to_ns
 from .report import Outcome, Report
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from concurrent.futures import Future
+    from typing import Any
 
     from typing_extensions import Buffer
+
+    from ._ledger import OnFull
 
 __all__ = ["COLLECT", "EXIT_TIMEOUT", "MAX_BUFFERED", "Closer", "Stats", "default_closer"]
 

@@ -7,7 +7,6 @@ that are handed a socket. Only listeners and how they get their fd live here, an
 from __future__ import annotations
 
 import socket
-from typing import TYPE_CHECKING, Any, TypeVar
 
 from ._arguments import check_open
 from ._linger_socket import LingerSocket
@@ -16,10 +15,15 @@ from ._terms import Terms, check_terms
 from .closer import Closer
 from .policy import Policy
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any, TypeVar
+
     from typing_extensions import Self
 
     from ._linger_ssl_socket import LingerSSLSocket as LingerSSLSocket
+
+    Taker = TypeVar("Taker", LingerSocket, "LingerListener")
 else:
 
     def __getattr__(name: str) -> object:
@@ -111,9 +115,6 @@ def wrap_listener(
     listener = LingerListener.__new__(LingerListener)
     listener.policy, listener.closer, listener.wait = policy, closer, wait
     return _move(sock, listener)
-
-
-Taker = TypeVar("Taker", LingerSocket, LingerListener)
 
 
 def _move(sock: socket.socket, to: Taker) -> Taker:

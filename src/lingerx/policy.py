@@ -9,10 +9,15 @@ from __future__ import annotations
 
 import math
 import struct
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn, SupportsFloat
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any, ClassVar, Literal, NoReturn, SupportsFloat
+
     from typing_extensions import Self
+
+    OnTimeout = Literal["background", "abort"]
+    Terms = tuple[int, int, int, int, int, int, int]
 
 __all__ = [
     "DEFAULT_TIMEOUT",
@@ -39,9 +44,6 @@ LONGEST_USER_TIMEOUT_MS = 2**31 - 1
 
 # The kinds, as the engines switch on them.
 BACKGROUND, ABORT, KERNEL_LINGER, FLUSH, DRAIN = range(5)
-
-OnTimeout = Literal["background", "abort"]
-Terms = tuple[int, int, int, int, int, int, int]
 
 
 def seconds_to_ns(name: str, value: SupportsFloat, instead: str = "") -> int:
