@@ -228,6 +228,25 @@ FLUSHES = (
         Ending("TIMED_OUT", "unknown", unacked=-1),
     ),
     Scenario(
+        "the_handshake_is_not_over_and_then_it_is",
+        flush(),
+        FLUSHING
+        + """
+        EMPTY -> COUNT
+        COUNTED UNTOLD -> WAIT wants=FOR_INPUT|FOR_ACK unacked=-1
+        WOKEN @9 -> DISCARD
+        EMPTY -> COUNT
+        COUNTED 0 -> CLOSE
+        """,
+        Ending("ACKED", "delivered"),
+    ),
+    Scenario(
+        "the_handshake_is_never_over",
+        flush(abort=1),
+        FLUSHING + "EMPTY @1000 -> COUNT; COUNTED UNTOLD -> COUNT state=LEAVING; COUNTED UNTOLD -> CLOSE_ABORT",
+        Ending("TIMED_OUT", "unknown", unacked=-1),
+    ),
+    Scenario(
         "a_reset_after_a_close_is_seen_by_probing",
         flush(),
         FLUSHING_ON + "COUNTED 8 -> PROBE; RESET 104 -> COUNT; COUNTED 8 -> CLOSE",
@@ -374,6 +393,12 @@ PARTINGS = (
         drain(),
         PARTED + "EMPTY -> COUNT; COUNTED 0 -> CLOSE",
         Ending("NOT_CONNECTED", "delivered"),
+    ),
+    Scenario(
+        "what_never_left_this_process_is_no_reset",
+        drain(unsent=5),
+        "BEGUN -> SEND; UNCONNECTED 107 -> DISCARD; FIN -> COUNT; COUNTED 0 -> CLOSE",
+        Ending("NOT_CONNECTED", "lost", unacked=5),
     ),
     Scenario(
         "the_reset_shows_after_the_last_input",

@@ -97,7 +97,9 @@ ALL = (
     *_everywhere(),
 )
 
-STEP = re.compile(r"(?:(\d+) x )?([A-Z_]+)(?: (-?\d+))?(?: never_sent=(\d+))?(?: @(\d+))? -> ([A-Z_]+)((?: \w+=\S+)*)")
+STEP = re.compile(
+    r"(?:(\d+) x )?([A-Z_]+)(?: (-?\d+|UNTOLD))?(?: never_sent=(\d+))?(?: @(\d+))? -> ([A-Z_]+)((?: \w+=\S+)*)"
+)
 
 
 class Step(NamedTuple):
@@ -124,7 +126,7 @@ def _steps(script: str, now: int) -> Iterator[Step]:
         now = int(at) if at else now
         fields = {name: _value(value) for name, _, value in (check.partition("=") for check in checks.split())}
         for _ in range(int(times or 1)):
-            yield Step(event, int(amount or 0), int(never_sent or -1), now, action, fields)
+            yield Step(event, _value(amount or "0"), int(never_sent or -1), now, action, fields)
 
 
 def _play(terms: Terms, script: str) -> dict[str, int]:

@@ -7,7 +7,7 @@ closed elsewhere; here only what TLS adds is tested.
 
 from __future__ import annotations
 
-import gc
+import errno
 import os
 import signal
 import socket
@@ -21,13 +21,17 @@ from typing import TYPE_CHECKING, Protocol
 
 import pytest
 
-from connections import A_LONG_LOOK, DEADLINE, Ending, PairMaker, identity, still_open, wait_until
-from lingerx import Abort, Background, Drain, Flush, Outcome, Policy, closing
+from closers import output_of, start_program
+from connections import A_LONG_LOOK, DEADLINE, Ending, PairMaker, identity, queued_input, still_open, wait_until
+from lingerx import Abort, Background, Drain, Flush, Outcome, Policy, _tls, closing
 from peers import Call, Polite, WritesFirst, reset
 
 if TYPE_CHECKING:
     from closers import CloserMaker
     from conformance import Engine
+
+if sys.platform != "win32":
+    import resource
 
 trustme = pytest.importorskip("trustme", reason="trustme makes the certificates")
 
@@ -427,34 +431,140 @@ def test_handler_raises_while_we_send(engine: Engine, tls: TlsPairMaker, timeout
         read_all(peer)
 
 
-@posix
-def test_handler_raises_at_any_moment(engine: Engine, tls: TlsPairMaker) -> None:
-    """An alarm after 10, 20, 30 us ...: whatever it hits, the exception comes out and the fd is closed, once."""
+INTERRUPTIONS = """
+import gc, itertools, os, socket, ssl, sys, threading, warnings
+import lingerx, trustme
 
-    def handle(*_: object) -> None:
-        raise Interrupted
+warnings.simplefilter("ignore")  # the garbage collector may have to close what nobody has had yet, and says so
+authority = trustme.CA()
+server, client = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+authority.issue_cert("localhost").configure_cert(server)
+authority.configure_trust(client)
 
-    raised = 0
-    before = signal.signal(signal.SIGALRM, handle)
+class Interrupted(Exception):
+    pass
+
+def pair(listener=socket.create_server(("127.0.0.1", 0))):
+    there = socket.create_connection(listener.getsockname())
+    here, _ = listener.accept()
+    shaking = threading.Thread(target=lambda: client.wrap_socket(there, server_hostname="localhost").close())
+    shaking.start()
+    ours = server.wrap_socket(here, server_side=True)
+    shaking.join()
+    return ours
+
+def interrupted_at(moment, call):
+    passed = itertools.count(1)
+    def trace(frame, event, _):
+        frame.f_trace_opcodes = True
+        if event == "opcode" and next(passed) == moment:
+            sys.settrace(None)
+            raise Interrupted
+        return trace
     try:
-        for step in range(1, 40):
-            ours, peer = tls(timeout=DEADLINE)
-            known = identity(ours)
-            peer.close()
-            try:
-                signal.setitimer(signal.ITIMER_REAL, step * 1e-5)
-                engine.send_and_close(ours, ANSWER)
-                signal.setitimer(signal.ITIMER_REAL, 0)
-            except Interrupted:
-                raised += 1
-                if ours.fileno() >= 0:  # it came before the call had begun
-                    ours.close()
-            wait_until(lambda known=known: not still_open(known))  # type: ignore[misc]
+        sys.settrace(trace)
+        call()
+    except Interrupted:
+        return True
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        sys.settrace(None)
+    return False
+
+def fds():
     gc.collect()
-    assert raised
+    return set(os.listdir("/dev/fd"))
+
+for call in (lambda: lingerx.close(ours), lambda: lingerx.send_and_close(ours, bytes(1000))):
+    ours = pair()
+    ours.close()
+    for moment in itertools.count(1, 23):  # an odd number: other moments of other loops
+        before = fds()
+        ours = pair()
+        interrupted = interrupted_at(moment, call)
+        ours.close()  # should it have come before the call had begun
+        assert fds() == before, moment
+        if not interrupted:
+            break
+    assert moment > 300, moment
+"""
+
+
+@posix
+@pytest.mark.slow
+def test_exception_at_any_moment(engine_name: str) -> None:
+    """What a signal handler raises between any two steps comes out, and the fd is closed, once."""
+    with start_program(engine_name, INTERRUPTIONS) as process:
+        output_of(process)
+
+
+# Apart from the network -----------------------------------------------------------------------------------
+
+
+@posix
+def test_openssl_reads_nothing_at_goodbye(engine: Engine, tls: TlsPairMaker) -> None:
+    """A peer may send KeyUpdates without end, and one call of OpenSSL takes all that are there."""
+    ours, peer = tls()
+    peer.sendall(ANSWER)
+    wait_until(lambda: queued_input(ours) > len(ANSWER))
+    unread = queued_input(ours)
+    report = engine.close(ours, Drain(timeout=SHORT))
+    assert (report.outcome, report.drained) == (Outcome.TIMED_OUT, unread)
+    assert read_all(peer) == 0, "close_notify came all the same"
+
+
+@posix
+def test_openssl_reads_small_portions_while_it_sends(tls: TlsPairMaker) -> None:
+    ours, peer = tls()
+    peer.sendall(ANSWER)
+    wait_until(lambda: queued_input(ours) > len(ANSWER))
+    way = _tls._Way(ours)
+    way.begin()
+    connection = socket.socket(fileno=os.dup(way.connection.fileno()))
+    with connection:
+        before = queued_input(connection)
+        assert way.bring()
+        assert before - queued_input(connection) == _tls.PORTION
+    way.give_up()
+
+
+@posix
+def test_another_thread_closes_the_socket_meanwhile(tls: TlsPairMaker, stack: ExitStack) -> None:
+    """It closes our end of a socketpair. Whoever gets that number next is left alone."""
+    ours, _ = tls()
+    _, inode = identity(ours)
+    way = _tls._Way(ours)
+    way.begin()
+    number = ours.fileno()
+    ours.close()
+    stranger, friend = socket.socketpair()
+    stack.enter_context(stranger)
+    stack.enter_context(friend)
+    assert number in (stranger.fileno(), friend.fileno())
+    way.end()
+    now = identity(way.hold.raw)
+    assert now == (now[0], inode)
+    way.give_up()
+    assert not still_open(now)
+    stranger.sendall(b"here")
+    assert friend.recv(100) == b"here"
+
+
+@posix
+@pytest.mark.parametrize("way", ["send_and_close", "close"])
+def test_no_fd_is_left(engine: Engine, tls: TlsPairMaker, way: str) -> None:
+    ours, peer = tls(timeout=DEADLINE)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with ExitStack() as taken:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/dev/fd"))) + 1, limits[1]))
+        taken.callback(resource.setrlimit, resource.RLIMIT_NOFILE, limits)
+        with suppress(OSError):
+            while True:
+                taken.callback(os.close, os.dup(0))
+        report = engine.close(ours, Flush()) if way == "close" else engine.send_and_close(ours, ANSWER)
+    expected = (Outcome.ACKED, None, True) if way == "close" else (Outcome.FAILED, errno.EMFILE, False)
+    assert (report.outcome, report.error, report.delivered) == expected
+    with pytest.raises((ConnectionResetError, ssl.SSLEOFError)):
+        read_all(peer)
 
 
 # In the background ----------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ UNCONNECTED = 5  # ENOTCONN
 INPUT = 6  # amount: bytes that were discarded (or merely seen, when `allowance` was 0)
 EMPTY = 7  # recv: EAGAIN
 FIN = 8  # recv: 0
-COUNTED = 9  # amount: the send queue in bytes, our FIN included, or -1 where the platform can't tell
+COUNTED = 9  # amount: the send queue in bytes, our FIN included, or -1 where the platform can't tell, or UNTOLD
 NO_ERROR = 10  # SO_ERROR: 0
 RESET = 11  # amount: the errno (ECONNRESET, EPIPE, ...)
 BROKEN = 12  # amount: the errno of any other failure
@@ -48,6 +48,8 @@ ACKED_DATA = 18  # only the FIN is queued
 QUEUED = 19  # data is queued
 UNCOUNTED = 20
 EVENTS = 21
+
+UNTOLD = -2  # as the amount of COUNTED: something is queued, but nobody can say how much
 
 # Actions --------------------------------------------------------------------------------------------------
 SEND = 0
@@ -303,6 +305,10 @@ def advance(c, seen, amount, now):
 
 def _weigh(c, queue):
     # The send queue counts our FIN as one byte, the last. What never left this process is not ACKed either.
+    if queue == UNTOLD:
+        c.unacked = -1
+        c.queue_empty = 0
+        return QUEUED
     if queue < 0 or (c.local and c.broken):
         # A local peer that closes before it has read everything resets us: nobody knows how much it had read.
         c.unacked = -1
@@ -311,8 +317,8 @@ def _weigh(c, queue):
     c.unacked = data + c.unsent
     c.queue_empty = queue == 0
     if c.state == LEAVING:
-        if c.outcome == NOT_CONNECTED and c.unacked > 0:
-            # The connection is over and bytes were left: it was reset, and somebody read the error before us.
+        if c.outcome == NOT_CONNECTED and data > 0:
+            # The connection is over and its queue was left: it was reset, and somebody read the error before us.
             c.outcome = PEER_RESET
             c.broken = 1
         elif c.goal == FLUSHING and c.fin_queued and queue == 0 and TIMED_OUT <= c.outcome <= SHED:

@@ -28,6 +28,7 @@ from lingerx.report cimport Report
 import _socket
 import os
 import socket
+import sys
 import threading
 
 from lingerx import _arguments, _ledger, _offers, _ownership, _tls
@@ -43,7 +44,8 @@ cdef extern from "_platform.h" nogil:
     const int POLLIN, POLLOUT, POLLERR
     const int SOCK_STREAM, SO_ERROR, SHUT_WR
     const int MSG_DONTWAIT, MSG_NOSIGNAL, MSG_MORE, MSG_PEEK
-    const int LX_TCP, LX_LOCAL, LX_OTHER, LX_FIN_WAIT1, LX_CLOSE, LX_LAST_ACK, LX_LISTEN, LX_CLOSING
+    const int LX_TCP, LX_LOCAL, LX_OTHER, LX_SYN_SENT, LX_SYN_RECV, LX_FIN_WAIT1, LX_CLOSE, LX_LAST_ACK
+    const int LX_LISTEN, LX_CLOSING
     int shutdown(int fd, int how)
     ssize_t send(int fd, const void *data, size_t size, int flags)
     ssize_t recv(int fd, void *data, size_t size, int flags)
@@ -54,7 +56,9 @@ cdef extern from "_platform.h" nogil:
     ssize_t lx_discard(int fd, size_t most, bint tcp)
     bint lx_listening(int fd)
     int lx_tcp_state(int fd)
-    int lx_never_heard(int fd)
+    bint lx_never_heard(int fd)
+    bint lx_opening(int fd)
+    bint lx_no_data_sent(int fd)
     long long lx_send_queue(int fd)
     int lx_never_sent(int fd)
     long long lx_unread(int fd)

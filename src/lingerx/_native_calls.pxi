@@ -99,7 +99,7 @@ def send_and_close(sock, data, policy=None):
     try:
         fd = take(sock, fd)
         if fd < 0:
-            return make_report(m.ALREADY_CLOSED, 0, view.len, 0, 0, view.len > 0)
+            return make_report(m.ALREADY_CLOSED, 0, view.len or -1, 0, 0, view.len > 0)
         return (close_one(fd, family, &t, <const char *> view.buf + view.len, view.len, lx_now())
                 or give_back(sock, fd))
     finally:
@@ -253,8 +253,11 @@ def tcp_status(sock):
         system_error(errno)
     if lx_kind_of_family(family) == LX_TCP:
         state = lx_tcp_state(fd)
-        queue = lx_send_queue(fd)
-        never_sent = lx_never_sent(fd)
+        if state != LX_SYN_SENT and state != LX_SYN_RECV:  # where Linux says 0, whatever there is
+            queue = lx_send_queue(fd)
+            never_sent = lx_never_sent(fd)
+        if state == LX_CLOSE and queue == 1 and lx_no_data_sent(fd):
+            queue = never_sent = 0  # a SYN
         if queue > 0 and (state == LX_FIN_WAIT1 or state == LX_LAST_ACK or state == LX_CLOSING):
             queue -= 1  # the FIN, the last of the queue
             if never_sent > 0:

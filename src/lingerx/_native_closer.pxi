@@ -61,18 +61,27 @@ cdef class Parcel:
 cdef Kept NOTHING_KEPT = Kept(NULL, -1, 0, NULL, False)
 
 
+cdef int call_or_complain(object call, tuple arguments) except -1:
+    # What is raised here (a sys.exit() in a future's callback) is nobody's to hear, and the loop's thread goes on.
+    try:
+        call(*arguments)
+    except BaseException:
+        threading.excepthook(threading.ExceptHookArgs((*sys.exc_info(), threading.current_thread())))
+    return 0
+
+
 cdef Report report_of_done(const Done *d):
     return make_report(d.outcome, d.drained, d.unacked, d.elapsed, d.error, d.lost)
 
 
-cdef void tell(Parcel parcel, const Done *d) noexcept:
+cdef int tell(Parcel parcel, const Done *d) except -1:
     cdef object future
-    # What a callback raises is nothing that the caller could hear.
-    if d.outcome == DATA_IS_SENT:
-        parcel.let_go()
-    elif parcel.future is not None:
+    # Its future, which may be kept for long, knows the parcel: the data must not live as long.
+    parcel.let_go()
+    if d.outcome != DATA_IS_SENT and parcel.future is not None:
         future, parcel.future = parcel.future, None
-        future.set_result(report_of_done(d))
+        call_or_complain(future.set_result, (report_of_done(d),))
+    return 0
 
 
 cdef void send_some(Handed *h, Parcel parcel, bint by_reference) noexcept nogil:
@@ -84,7 +93,8 @@ cdef void send_some(Handed *h, Parcel parcel, bint by_reference) noexcept nogil:
     if n > 0:
         h.unsent -= n
         data += n
-    elif n < 0 and errno == ECONNRESET:  # which is said only once
+    elif n < 0 and errno != EAGAIN and errno != EINTR and errno != EPIPE:
+        # An error of the connection is told only once. (EPIPE is told again, and the next send knows what it means.)
         h.seen = trouble(errno, &amount)
         h.error = amount
     if h.unsent == 0:
@@ -106,6 +116,7 @@ cdef class Loop:
     cdef LoopState s
     cdef Terms terms
     cdef Kept kept  # for those that come without a policy and need no parcel
+    cdef bint enlisted
     cdef object start, its_thread
     cdef list idle_calls  # under `lock`, too
     cdef readonly object policy
@@ -116,6 +127,7 @@ cdef class Loop:
         cdef int error
         renew_loop(&self.s)
         enlist(&self.s)
+        self.enlisted = True
         read_terms(policy, &self.terms)
         self.kept = kept_for(&self.terms, NULL)
         self.policy = policy
@@ -134,6 +146,8 @@ cdef class Loop:
         cdef LoopState *s = &self.s
         cdef Handed *h
         cdef int i
+        if not self.enlisted:  # __cinit__ has refused its arguments
+            return
         delist(s)
         self.drop_leftovers()
         for i in range(s.w.size):
@@ -236,6 +250,7 @@ cdef class Loop:
         report = self.deliver(&h, parcel, type(data) is bytes)
         if report is not None and parcel is not None:
             parcel.future = None  # its caller tells it
+            parcel.let_go()
         return report
 
     cdef Report deliver(self, Handed *h, Parcel parcel, bint by_reference):
@@ -395,7 +410,7 @@ cdef class Loop:
             self.idle_calls, calls = calls, self.idle_calls
         pthread_mutex_unlock(&self.s.lock)
         for call in calls:
-            call()
+            call_or_complain(call, ())
         return 0
 
     def when_idle(self, call):

@@ -44,6 +44,11 @@ cdef int trouble(int error, long long *amount) noexcept nogil:
     return m.BROKEN
 
 
+cdef inline bint after_its_fin(int state) noexcept nogil:
+    # A peer whose FIN was seen has done its part of the handshake.
+    return state == m.CONFIRMING or state == m.FLUSHING_ON
+
+
 cdef int perform(Entry *e, int action, long long *amount) noexcept nogil:
     # Borrows e.fd. Nothing here can block; EINTR cannot happen to calls that do not block, but costs nothing.
     cdef ssize_t n
@@ -78,9 +83,13 @@ cdef int perform(Entry *e, int action, long long *amount) noexcept nogil:
         queue = lx_send_queue(e.fd) if e.c.family == LX_TCP else -1
         if queue == -2:
             return trouble(errno, amount)
+        if queue == 0 and not after_its_fin(e.c.state) and lx_opening(e.fd):
+            queue = m.UNTOLD
+        elif queue == 1 and e.c.outcome == m.NOT_CONNECTED and lx_no_data_sent(e.fd):
+            queue = 0
         amount[0] = queue
         if e.c.state == m.LEAVING:
-            e.c.never_sent = min(2, lx_never_sent(e.fd)) if queue != 0 else 0
+            e.c.never_sent = -1 if queue == m.UNTOLD else min(2, lx_never_sent(e.fd)) if queue != 0 else 0
         return m.COUNTED
     if action == m.SEND:
         while True:

@@ -36,7 +36,7 @@
 #endif
 
 enum { LX_TCP = 0, LX_LOCAL = 1, LX_OTHER = 2 };
-enum { LX_ESTABLISHED = 1, LX_FIN_WAIT1 = 4, LX_CLOSE = 7, LX_LAST_ACK = 9, LX_LISTEN = 10, LX_CLOSING = 11 };
+enum { LX_SYN_SENT = 2, LX_SYN_RECV = 3, LX_FIN_WAIT1 = 4, LX_CLOSE = 7, LX_LAST_ACK = 9, LX_LISTEN = 10, LX_CLOSING = 11 };
 
 static inline int lx_kind_of_family(int family) {
     if (family == AF_INET || family == AF_INET6)
@@ -99,12 +99,49 @@ static inline int lx_tcp_state(int fd) {
 #endif
 }
 
+#ifdef __linux__
+/* Numbers of struct tcp_info of linux/tcp.h, counted in fields of four bytes. */
+enum { LX_SEGS_IN = 35 /* Linux 4.2 */, LX_DATA_SEGS_OUT = 39 /* 4.6 */ };
+
+/* Borrows. Whether one of them is known to be 0. */
+static inline int lx_counted_none(int fd, unsigned int field) {
+    unsigned int info[LX_DATA_SEGS_OUT + 1];
+    socklen_t size = (field + 1) * sizeof *info;
+    socklen_t wanted = size;
+    return getsockopt(fd, IPPROTO_TCP, TCP_INFO, info, &size) == 0 && size == wanted && info[field] == 0;
+}
+#endif
+
 /* Borrows. Whether a TCP socket never got a single segment from anybody: it was not connected yet. */
 static inline int lx_never_heard(int fd) {
 #ifdef __linux__
-    unsigned int info[36]; /* struct tcp_info of linux/tcp.h: the last of these is tcpi_segs_in (4.2) */
-    socklen_t size = sizeof info;
-    return getsockopt(fd, IPPROTO_TCP, TCP_INFO, info, &size) == 0 && size == sizeof info && info[35] == 0;
+    /* not of MPTCP, which shows those of a subflow, and begins to count anew when that is gone */
+    int protocol = 0;
+    socklen_t size = sizeof protocol;
+    return lx_counted_none(fd, LX_SEGS_IN) && getsockopt(fd, SOL_SOCKET, SO_PROTOCOL, &protocol, &size) == 0 &&
+           protocol == IPPROTO_TCP;
+#else
+    (void)fd;
+    return 0;
+#endif
+}
+
+/* Borrows. Whether the handshake of a TCP socket is still to be done. Linux counts its send queue as 0 then, whatever
+ * there is in it: with TCP Fast Open (RFC 7413) data may be (tcp_ioctl). */
+static inline int lx_opening(int fd) {
+#ifdef __linux__
+    int state = lx_tcp_state(fd);
+    return state == LX_SYN_SENT || state == LX_SYN_RECV;
+#else
+    (void)fd;
+    return 0;
+#endif
+}
+
+/* Borrows. Whether the one byte in the send queue of a TCP socket whose connection is over is a SYN or a FIN. */
+static inline int lx_no_data_sent(int fd) {
+#ifdef __linux__
+    return lx_counted_none(fd, LX_DATA_SEGS_OUT);
 #else
     (void)fd;
     return 0;

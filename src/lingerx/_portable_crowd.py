@@ -133,9 +133,7 @@ class Closing(Hold):
                 self.raw.shutdown(socket.SHUT_WR)
                 return m.HALF_CLOSED, 0
             if action == m.COUNT:
-                if self.state == m.LEAVING:
-                    self.never_sent = _sockopt.never_sent(self.raw)
-                return m.COUNTED, _sockopt.send_queue(self.raw, self.fin_queued)
+                return m.COUNTED, self.count()
             if action == m.SEND:
                 return m.SENT, self.raw.send(self.data[-self.unsent :], SEND_FLAGS)
             error = self.raw.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
@@ -144,6 +142,18 @@ class Closing(Hold):
             return (m.NO_ROOM if action == m.SEND else m.EMPTY), 0
         except OSError as trouble:
             return self.explain(action, trouble.errno or errno.EIO)
+
+    def count(self) -> int:
+        """What is in the send queue."""
+        queue = _sockopt.send_queue(self.raw, self.fin_queued)
+        # A peer whose FIN was seen has done its part of the handshake.
+        if queue == 0 and self.tcp and self.state not in (m.CONFIRMING, m.FLUSHING_ON) and _sockopt.opening(self.raw):
+            queue = m.UNTOLD
+        elif queue == 1 and self.outcome == m.NOT_CONNECTED and _sockopt.no_data_sent(self.raw):
+            queue = 0
+        if self.state == m.LEAVING:
+            self.never_sent = -1 if queue == m.UNTOLD else _sockopt.never_sent(self.raw)
+        return queue
 
     def explain(self, action: int, error: int) -> tuple[int, int]:
         """What an errno means to the machine."""

@@ -29,7 +29,11 @@ LINGER = struct.Struct("hh" if sys.platform == "win32" else "ii")
 SO_LINGER = 0x1080 if sys.platform == "darwin" else socket.SO_LINGER
 SO_NWRITE = 0x1024  # macOS: data bytes in the send queue
 SIOCOUTQNSD = 0x894B  # linux/sockios.h: bytes of the send queue that were never sent
-SEGS_IN = 140  # where linux/tcp.h has tcpi_segs_in, of four bytes (Linux 4.2)
+# Where struct tcp_info of linux/tcp.h has these numbers, of four bytes each.
+SEGS_IN = 140  # Linux 4.2
+DATA_SEGS_OUT = 156  # Linux 4.6
+OPENING = ("SYN-SENT", "SYN-RECEIVED")
+"""The states in which Linux counts the send queue as 0, whatever there is in it: data may be (RFC 7413)."""
 FIN_QUEUED = ("FIN-WAIT-1", "LAST-ACK", "CLOSING")
 """The states in which our FIN may be the last byte of the send queue."""
 
@@ -86,10 +90,26 @@ def never_sent(sock: socket.socket) -> int:
 
 def never_heard(sock: socket.socket) -> bool:
     """Whether a TCP socket never got a single segment from anybody: it was not connected yet. Borrows."""
+    # Not of MPTCP, which shows those of a subflow, and begins to count anew when that is gone.
+    return _counted_none(sock, SEGS_IN) and sock.proto in (0, socket.IPPROTO_TCP)
+
+
+def no_data_sent(sock: socket.socket) -> bool:
+    """Whether the one byte in the send queue of a TCP socket whose connection is over is a SYN or a FIN. Borrows."""
+    return _counted_none(sock, DATA_SEGS_OUT)
+
+
+def opening(sock: socket.socket) -> bool:
+    """Whether the handshake of a TCP socket is still to be done. Borrows."""
+    return tcp_state(sock) in OPENING
+
+
+def _counted_none(sock: socket.socket, place: int) -> bool:
+    # Borrows. Whether a number of struct tcp_info is known to be 0.
     if sys.platform == "linux":
         with suppress(OSError):
-            info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, SEGS_IN + 4)
-            return len(info) == SEGS_IN + 4 and not any(info[SEGS_IN:])
+            info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, place + 4)
+            return len(info) == place + 4 and not any(info[place:])
     return False
 
 
@@ -100,8 +120,11 @@ def tcp_status(sock: socket.socket) -> TcpStatus:
     if sock.family in TCP_FAMILIES:
         state = tcp_state(sock)
         fin = state in FIN_QUEUED
-        unacked = send_queue(sock, fin)
-        unsent = never_sent(sock)
+        if state not in OPENING:
+            unacked = send_queue(sock, fin)
+            unsent = never_sent(sock)
+        if state == "CLOSED" and unacked == 1 and no_data_sent(sock):
+            unacked = unsent = 0  # a SYN
         if fin and unacked > 0:
             unacked -= 1  # the FIN, the last of the queue
             if unsent > 0:

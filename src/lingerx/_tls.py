@@ -1,33 +1,30 @@
 """What TLS has to say before its raw socket lingers: close_notify, and the rest of the data. For both engines.
 
 Only what needs the TLS session may live here; how to close the raw socket is the engines' business, and they are
-called for it. Nothing here waits for the peer inside OpenSSL, and O_NONBLOCK is left as it is: it is shared with
-every copy of the fd. `ssl` is not imported before somebody else has done so.
+called for it. `ssl` is not imported before somebody else has done so.
 
-How a call into OpenSSL is kept from waiting. CPython tries again for as long as the socket object's timeout
-says, and the object cannot be told "not at all" without setting O_NONBLOCK on its fd. So:
+How OpenSSL is kept from waiting, and from working without end. It reads as long as there is something to read: TLS 1.3
+lets a peer send KeyUpdates for ever (RFC 8446 4.6.3), and one call takes all of them. And CPython tries again for as
+long as the socket object's timeout says. So for this time OpenSSL does not get the network: under the number of its fd
+stands one end of a socketpair (dup2(2)). What it writes there is sent on, and what it may read there comes in small
+portions. The connection itself stays as it is, O_NONBLOCK too, which is shared with every copy of it.
 
-- An object that has a timeout has O_NONBLOCK set already: settimeout(0.0) then changes nothing but the object.
-- For `unwrap` alone a blocking object will do as well: there CPython does not try again. SO_RCVTIMEO and
-  SO_SNDTIMEO of 1 us (socket(7)) let the kernel give up after a tick or two (8 ms at most with 250 Hz).
-- `send` and `recv` would be tried again for ever. But the session keeps the number of its fd after `detach`, and
-  settimeout(0.0) on the detached object sets the object's timeout and fails only then (EBADF). `unwrap` does want
-  an object with an fd, so it is given back before.
+Windows has no dup2 for sockets. There the session's own socket is made non-blocking, and OpenSSL is trusted.
 """
 
 from __future__ import annotations
 
+import _socket
 import errno
 import os
 import select
 import socket
-import struct
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 
-from ._ownership import attach, blank, drop, take
+from ._ownership import Hold, attach, drop, take
 from ._sockopt import NO_SOCKET
 from .policy import Policy, left_of
 from .report import Outcome, Report
@@ -35,18 +32,23 @@ from .report import Outcome, Report
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from ssl import SSLSocket
-    from typing import TypeGuard
+    from typing import Any, TypeGuard
 
 __all__ = ["check_unencrypted", "is_tls", "say_goodbye", "send_and_close"]
 
 # What OpenSSL makes one record of (RFC 8446 5.1): a bigger write is cut up there, with no saying how far it got.
 RECORD = 16 * 1024
-# Bounds on one turn, as the machine has them: no peer may keep us from looking at the clock. Guesses.
+# Bounds on one turn, as the machine has them: no peer may keep us from looking at the clock. Guesses. A portion of
+# nothing but KeyUpdates takes OpenSSL 4 ms.
 WRITES = 64
-READS = 64
+PORTION = 8 * 1024
+
+ALERTS = (b"\x15\x03", b"\x17\x03")
+"""How a record with close_notify begins, by TLS 1.2 and by 1.3 (RFC 5246 6.2.1, RFC 8446 5.2)."""
 
 RESETS = (errno.ECONNRESET, errno.EPIPE, errno.ECONNABORTED, errno.ENOTCONN)
 DONTWAIT = getattr(socket, "MSG_DONTWAIT", 0)  # none on Windows, where the fd is non-blocking by then
+NOSIGNAL = getattr(socket, "MSG_NOSIGNAL", 0)
 
 GLANCE = 0.001  # seconds; a guess
 LONGEST_POLL = 1_000_000_000  # ms, which an int can hold
@@ -58,10 +60,6 @@ def is_tls(sock: socket.socket) -> TypeGuard[SSLSocket]:
     """Whether there is a TLS session to end: an ssl.SSLSocket whose handshake is done. Borrows."""
     ssl = sys.modules.get("ssl")
     return ssl is not None and isinstance(sock, ssl.SSLSocket) and sock.version() is not None
-
-
-LOOKS_FOR_FD = sys.version_info >= (3, 15)
-"""An SSLSocket that was detached cannot write any more ("underlying socket connection gone")."""
 
 
 def check_unencrypted(sock: socket.socket) -> None:
@@ -76,20 +74,24 @@ def check_unencrypted(sock: socket.socket) -> None:
 
 
 def say_goodbye(sock: SSLSocket) -> None:
-    """Send close_notify (RFC 8446 6.1), in one try that does not wait for the peer (10 ms at most). Borrows.
+    """Send close_notify (RFC 8446 6.1), in one try that does not wait. Borrows.
 
-    Nothing happens when it fails.
+    Nothing happens when it fails, nor where the process has no three fds left for it.
 
-    For an SSLSocket that is about to be taken: its timeout may be 0.0 afterwards. When a signal handler raises in
-    here, the socket is closed in the background and the exception goes on.
+    For an SSLSocket that is about to be taken: it has its fd afterwards, but no timeout. When a signal handler raises
+    in here, the socket is closed in the background and the exception goes on.
     """
+    way = _Way(sock)
     try:
-        if sock.gettimeout() is not None or sys.platform == "win32":
-            with suppress(OSError):
-                sock.settimeout(0.0)
-        _unwrap(sock)
+        with suppress(OSError):
+            way.begin()
+            way.say_goodbye()
+        way.end()
+        if way.hold.raw.fileno() >= 0:
+            attach(sock, way.hold.fd)
+            way.hold.raw.detach()
     except BaseException:
-        drop(take(sock))
+        way.give_up()
         raise
 
 
@@ -103,70 +105,168 @@ def send_and_close(
 
     Input is read and discarded while there is something to send. Only when all of `data` was sent is close_notify
     sent too: an answer that was cut off must not look complete. Of the report: drained counts decrypted bytes up
-    to close_notify and raw ones after; unacked counts the raw queue and what of `data` was never sent.
+    to close_notify and raw ones after; unacked counts the raw queue and what of `data` was never sent. Where the
+    process has no three fds left nothing can be sent: FAILED, and all of `data` is lost.
     """
-    started = time.monotonic_ns()
-    if sys.platform == "win32":
-        sock.settimeout(0.0)  # no copies in other processes here, unless share() made them
-    fd = sock.fileno()
-    raw = blank()
+    sending = _Sending(data, policy, time.monotonic_ns())
+    way = _Way(sock)
     try:
-        sock.detach()
-        attach(raw, fd)
-        with suppress(OSError):
-            sock.settimeout(0.0)
-        if LOOKS_FOR_FD:
-            blocking = sys.platform != "win32" and os.get_blocking(fd)
-            attach(sock, fd)
-            sock.settimeout(0.0)
-            if blocking:
-                os.set_blocking(fd, True)
-        sending = _Sending(sock, raw, data, policy, started)
-        sending.run()
-        if sending.outcome is None:
-            if not LOOKS_FOR_FD:
-                attach(sock, fd)
-            _unwrap(sock)
-        take(sock)
-        elapsed = time.monotonic_ns() - started if sending.outcome is None else -1
+        try:
+            way.begin()
+            sending.run(way)
+            if sending.outcome is None:
+                way.say_goodbye()
+        except OSError as error:
+            sending.fail(error.errno or errno.EIO)
+        way.end()
+        if way.hold.raw.fileno() < 0:
+            way.hold.take()
+        take(sock)  # it has none, but the session must end
+        elapsed = time.monotonic_ns() - sending.started if sending.outcome is None else -1
         rest = left_of(policy, elapsed, sending.drained)
     except BaseException as error:
-        raw.detach()
-        take(sock)
+        way.give_up()
         if isinstance(error, OSError) and error.errno in NO_SOCKET:
             return Report(Outcome.ALREADY_CLOSED, 0, len(data) or None, error=error.errno, lost=len(data) > 0)
-        drop(fd)
         raise
     try:
-        return sending.merge(close(raw, rest))
+        return sending.merge(close(way.hold.raw, rest))
     finally:
-        drop(raw.detach())  # an exception may have come before the engine took it
+        way.hold.give_up()  # an exception may have come before the engine took it
+
+
+class _Way:
+    """The way between a TLS session and its connection: `hold` has the fd after `begin`, `sock` only lends its session.
+
+    Whatever comes out of a method, `give_up` closes all that is open.
+    """
+
+    __slots__ = ("connection", "hold", "ours", "sent", "sock", "spare", "tail", "theirs")
+
+    def __init__(self, sock: SSLSocket) -> None:
+        self.sock = sock
+        self.hold = Hold(sock, sock.fileno())
+        # Of the C type, which owns its fd at any moment: an exception that comes right then leaves nothing open.
+        self.ours: _socket.socket | None = None
+        """Our end of the socketpair; None where OpenSSL has the connection itself."""
+        self.theirs: _socket.socket | None = None
+        """OpenSSL's end, but for its number."""
+        self.spare: _socket.socket | None = None
+        """Another number for the connection, meanwhile."""
+        self.connection: socket.socket | _socket.socket = self.hold.raw
+        self.tail = memoryview(b"")
+        """What OpenSSL has written and the kernel has not taken yet."""
+        self.sent = 0
+        """How many bytes the kernel has taken."""
+
+    def begin(self) -> None:
+        """Raises OSError, with nothing done, where there is no fd left or none to take (one of NO_SOCKET)."""
+        session: Any = vars(self.sock)["_sslobj"]
+        # From `take` on another thread that closes `sock` too finds it closed, or only our socketpair.
+        if sys.platform == "win32":
+            self.hold.take()
+        else:
+            self.ours, self.theirs = _socket.socketpair()
+            self.spare = _socket.socket()
+            for each in (self.ours, self.theirs, self.spare):
+                each.settimeout(0.0)
+            self.hold.take()
+            os.dup2(self.hold.fd, self.spare.fileno(), inheritable=False)
+            self.connection = self.spare
+            os.dup2(self.theirs.fileno(), self.hold.fd, inheritable=False)
+        vars(self.sock)["_sslobj"] = session
+        attach(self.sock, self.hold.fd)
+        self.sock.settimeout(0.0)
+
+    def end(self) -> None:
+        """OpenSSL has nothing any more, and the connection its number; harmless when that is so already."""
+        if self.hold.raw.fileno() >= 0:
+            self.sock.detach()
+        if self.connection is self.spare and self.theirs is not None:
+            if _are_same(self.hold.fd, self.theirs.fileno()):
+                os.dup2(self.spare.fileno(), self.hold.fd, inheritable=False)
+            elif not _are_same(self.hold.fd, self.spare.fileno()):  # that other thread
+                self.hold.raw.detach()
+                self.hold.fd = self.spare.detach()
+                attach(self.hold.raw, self.hold.fd)
+            self.connection = self.hold.raw
+        for each in (self.ours, self.theirs, self.spare):
+            if each is not None:
+                each.close()
+
+    def give_up(self) -> None:
+        """An exception goes on to the caller: the kernel gets the rest at once."""
+        try:
+            self.end()
+        finally:
+            self.hold.give_up()
+            drop(take(self.sock))  # `end` has left it one only if `hold` has none
+
+    def bring(self) -> bool:
+        """A portion of input for OpenSSL, if there is any; False: there will be no more."""
+        # A session that reads a FIN without a close_notify is dead at once, for writing too. So it must not read it: a
+        # peer that has only half-closed its TCP connection still gets its answer.
+        flags = DONTWAIT if self.ours is not None else DONTWAIT | socket.MSG_PEEK
+        try:
+            portion = self.connection.recv(PORTION, flags)
+        except (BlockingIOError, InterruptedError):
+            return True
+        if portion and self.ours is not None:
+            self.ours.sendall(portion)  # for which there is room: OpenSSL has read all that came before
+        return bool(portion)
+
+    def send_on(self) -> bool:
+        """What OpenSSL has written, to the peer; False: not all of it was taken."""
+        while self.ours is not None:
+            if not self.tail:
+                try:
+                    self.tail = memoryview(self.ours.recv(2 * RECORD))
+                except BlockingIOError:
+                    break
+            try:
+                sent = self.connection.send(self.tail, DONTWAIT | NOSIGNAL)
+            except BlockingIOError:
+                return False
+            self.tail = self.tail[sent:]
+            self.sent += sent
+        return True
+
+    def say_goodbye(self) -> None:
+        """Send close_notify, if there is room for it."""
+        # Two calls of SSL_shutdown: the first writes, the second looks for the peer's close_notify.
+        with suppress(OSError, ValueError):
+            self.sock.unwrap()
+        if self.ours is None:
+            return
+        with suppress(OSError):
+            record = self.ours.recv(2 * RECORD)
+            # Where the kernel encrypts (the ULP of tls(7)) OpenSSL has written the bare alert, which must not go out.
+            if record.startswith(ALERTS) and int.from_bytes(record[3:5], "big") == len(record) - 5:
+                self.connection.send(record, DONTWAIT | NOSIGNAL)
+
+
+def _are_same(fd: int, other: int) -> bool:
+    # Borrows. Whether two numbers stand for one file.
+    try:
+        return os.path.sameopenfile(fd, other)
+    except OSError:
+        return False
 
 
 class _Sending:
-    """The data that is still to be sent through a TLS session, and what came of it. Borrows both sockets."""
+    """The data that is still to be sent through a TLS session, and what came of it."""
 
     __slots__ = (
-        "data",
-        "deadline",
-        "drained",
-        "error",
-        "heard",
-        "idle",
-        "max_bytes",
-        "open",
-        "outcome",
-        "raw",
-        "sock",
-        "started",
+        *("data", "deadline", "drained", "error", "heard", "idle", "max_bytes", "open", "outcome", "sealed", "started"),
         "stuck",
     )
 
-    def __init__(self, sock: SSLSocket, raw: socket.socket, data: memoryview, policy: Policy, started: int) -> None:
+    def __init__(self, data: memoryview, policy: Policy, started: int) -> None:
         _, timeout, self.idle, self.max_bytes, *_ = policy._terms
-        self.sock = sock
-        self.raw = raw
         self.data = data
+        """What the kernel has not taken yet, as far as is known."""
+        self.sealed = 0
+        """How many bytes of it OpenSSL has."""
         self.started = self.heard = started
         self.deadline = started + timeout
         self.drained = 0
@@ -178,14 +278,13 @@ class _Sending:
         self.stuck = False
         """OpenSSL has to read before it can write."""
 
-    def run(self) -> None:
+    def run(self, way: _Way) -> None:
         """Send until all of `data` has been taken by the kernel, or `outcome` says why not."""
         import ssl  # the SSLSocket's owner has imported it
 
         try:
-            with _unwaiting(self.raw):
-                while not self.turn(ssl.SSLWantReadError, ssl.SSLWantWriteError):
-                    pass
+            while not self.turn(way, ssl.SSLWantReadError, ssl.SSLWantWriteError):
+                pass
         except ssl.SSLEOFError:
             self.fail(errno.ECONNRESET)  # so CPython calls every error of a write
         except ssl.SSLError:
@@ -193,12 +292,12 @@ class _Sending:
         except OSError as error:
             self.fail(error.errno or errno.EIO)
 
-    def turn(self, want_read: type[OSError], want_write: type[OSError]) -> bool:
+    def turn(self, way: _Way, want_read: type[OSError], want_write: type[OSError]) -> bool:
         """Wait, then do what can be done at once, within bounds. True: it is over, one way or another."""
         until = self.deadline if self.idle < 0 else min(self.deadline, self.heard + self.idle)
-        ready = _wait(self.raw.fileno(), self.wants(), until)
+        ready = _wait(way.connection.fileno(), self.wants(), until)
         if ready & BROKEN:
-            error = self.raw.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            error = way.connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
             if error:
                 self.fail(error)
                 return True
@@ -206,13 +305,17 @@ class _Sending:
             time.sleep(GLANCE)
         if ready & READABLE and self.open:
             self.stuck = False
+            self.open = way.bring()
             with suppress(want_read, want_write):
-                self.read()
-        if ready & WRITABLE and self.outcome is None:
+                while self.open and self.outcome is None:
+                    self.read(way.sock)
+                    if way.ours is None and not way.sock.pending():
+                        break
+        if ready & WRITABLE and self.outcome is None and self.send_on(way):
             if not self.data:
                 return True  # with room for close_notify
             try:
-                self.write()
+                self.write(way)
             except want_read:
                 self.stuck = True
             except want_write:
@@ -222,37 +325,36 @@ class _Sending:
     def wants(self) -> int:
         return (READABLE if self.open else 0) | (0 if self.stuck and self.open else WRITABLE)
 
-    def read(self) -> None:
-        for _ in range(READS):
-            if not self.sock.pending() and self.sees_fin():
-                self.open = False
-                return
-            room = len(_WASTE) if self.max_bytes < 0 else min(len(_WASTE), self.max_bytes - self.drained)
-            got = self.sock.recv_into(_WASTE, max(room, 1))
-            if not got:
-                self.open = False  # close_notify: the peer says no more, but may well read on
-                return
-            if not room:
-                self.outcome = Outcome.BYTE_LIMIT
-                return
+    def read(self, sock: SSLSocket) -> None:
+        room = len(_WASTE) if self.max_bytes < 0 else min(len(_WASTE), self.max_bytes - self.drained)
+        got = sock.recv_into(_WASTE, max(room, 1))
+        if not got:
+            self.open = False  # close_notify: the peer says no more, but may well read on
+        elif not room:
+            self.outcome = Outcome.BYTE_LIMIT
+        else:
             self.drained += got
             self.heard = time.monotonic_ns()
 
-    def sees_fin(self) -> bool:
-        # A session that reads a FIN without a close_notify is dead at once, for writing too. So it must not read it:
-        # a peer that has only half-closed its TCP connection still gets its answer.
-        try:
-            return not self.raw.recv(1, socket.MSG_PEEK | DONTWAIT)
-        except (BlockingIOError, InterruptedError):
-            return False
-
-    def write(self) -> None:
+    def write(self, way: _Way) -> None:
         for _ in range(WRITES):
             if not self.data:
                 return
-            sent = self.sock.send(self.data[:RECORD])
-            self.data = self.data[sent:]
-            self.heard = time.monotonic_ns()
+            self.sealed = way.sock.send(self.data[:RECORD])
+            if not self.send_on(way):
+                return
+
+    def send_on(self, way: _Way) -> bool:
+        before = way.sent
+        try:
+            if not way.send_on():
+                return False
+        finally:
+            if way.sent > before or (way.ours is None and self.sealed > 0):
+                self.heard = time.monotonic_ns()
+        self.data = self.data[self.sealed :]
+        self.sealed = 0
+        return True
 
     def is_over(self) -> bool:
         if self.outcome is not None:
@@ -285,35 +387,8 @@ class _Sending:
         return Report(outcome, self.drained + closed.drained, unacked, elapsed, error, lost=lost)
 
 
-def _unwrap(sock: SSLSocket) -> None:
-    # Borrows. Two calls of SSL_shutdown: the first sends, the second looks for the peer's close_notify.
-    with suppress(OSError, ValueError), _unwaiting(sock):
-        sock.unwrap()
-
-
 # Where discarded input goes. Shared by all threads: nobody ever reads it.
 _WASTE = bytearray(64 * 1024)
-
-
-@contextmanager
-def _unwaiting(sock: socket.socket) -> Iterator[None]:
-    # Borrows. For the time of the block the kernel waits for this socket for a tick or two only (see the top).
-    if sys.platform == "win32" or not os.get_blocking(sock.fileno()):
-        yield
-        return
-    kept: list[tuple[int, bytes]] = []
-    try:
-        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
-            old = sock.getsockopt(socket.SOL_SOCKET, option, 16)
-            # struct timeval: two longs, whose size the kernel has just told.
-            tick = struct.pack("qq" if len(old) == 16 else "ii", 0, 1)
-            sock.setsockopt(socket.SOL_SOCKET, option, tick)
-            kept.append((option, old))
-        yield
-    finally:
-        for option, old in kept:
-            with suppress(OSError):
-                sock.setsockopt(socket.SOL_SOCKET, option, old)
 
 
 def _wait(fd: int, wants: int, until: int) -> int:

@@ -281,6 +281,8 @@ _loops: weakref.WeakSet[Loop] = weakref.WeakSet()
 _starting = threading.RLock()
 _listing = threading.RLock()
 _this_thread = threading.local()
+_being_started: list[Loop] = []
+"""Under `_starting`: more than one when the garbage collector comes in between."""
 
 
 def _start(loop: Loop) -> None:
@@ -321,15 +323,16 @@ def _start_here(loop: Loop) -> None:
         if _exiting:
             raise RuntimeError("the interpreter exits: nobody would wait for a closer; the socket is untouched")
         _at_exit_of_multiprocessing()
+        if loop.thread is not None or loop in _being_started:
+            return
         # A daemon: the interpreter must not wait for it before our own, bounded exit has run.
         thread = threading.Thread(target=loop.run, name=loop.name, daemon=True)
-        if loop.thread is None:
-            loop.thread = thread
-            try:
-                thread.start()
-            except BaseException:
-                loop.thread = None
-                raise
+        _being_started.append(loop)
+        try:
+            thread.start()
+        finally:
+            _being_started.remove(loop)
+        loop.thread = thread  # not before: others would count on it, and it might not start
 
 
 def _join(loop: Loop, end: int) -> None:
@@ -404,6 +407,7 @@ def _after_in_parent() -> None:
 def _after_in_child() -> None:
     global _starting, _listing
     _starting, _listing = threading.RLock(), threading.RLock()  # other threads may have held them
+    _being_started.clear()
     for loop in _forking:
         loop.thread = None
         loop.after_fork_in_child()

@@ -109,7 +109,9 @@ class Report:
     def delivered(self) -> bool | None:
         """True: every data byte was ACKed by the peer's TCP. False: known lost. None: can't know.
 
-        ACKed means: it reached the peer's machine. No transport can say that an application has read it.
+        ACKed means: it reached the peer's machine. No transport can say that an application has read it. AF_UNIX has
+        no ACKs: there it means that all of it reached the peer's queue, and that the peer was not seen to close with
+        some of it unread. (That error is told once: not here, when the application has met with it before.)
         """
         if self._unacked == 0:
             return True
