@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import os
+import select
 import socket
 import ssl
 import sys
@@ -24,7 +25,7 @@ import pytest
 pytest.register_assert_rewrite("closers", "conformance", "connections", "peers", "refusals")
 
 from closers import CloserMaker, closer_over, ended_afterwards  # noqa: E402
-from connections import Pair, PairMaker, connect, unix_socketpair, wait_until  # noqa: E402
+from connections import DEADLINE, Pair, PairMaker, connect, unix_socketpair, wait_until  # noqa: E402
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -155,3 +156,15 @@ def unix_stream(stack: ExitStack, tmp_path_factory: pytest.TempPathFactory) -> P
 def any_pair(request: pytest.FixtureRequest) -> PairMaker:
     """Each kind of stream socket in turn."""
     return cast("Callable[..., Pair]", request.getfixturevalue(request.param))
+
+
+@pytest.fixture
+def refused(stack: ExitStack) -> socket.socket:
+    """One whose attempt to connect was refused, which it has not told anybody yet."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = listener.getsockname()
+    sock = stack.enter_context(socket.socket())
+    sock.setblocking(False)
+    sock.connect_ex(address)
+    select.select([], [sock], [], DEADLINE)
+    return sock

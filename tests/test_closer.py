@@ -211,14 +211,22 @@ def test_futures_of_many(closers: CloserMaker, tcp: PairMaker) -> None:
     assert_adds_up(closer.stats())
 
 
+@pytest.mark.parametrize("error", [LookupError, SystemExit])
 def test_callback_that_raises_does_not_stop_the_closer(
-    closers: CloserMaker, tcp: PairMaker, caplog: pytest.LogCaptureFixture
+    closers: CloserMaker,
+    tcp: PairMaker,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    error: type[BaseException],
 ) -> None:
+    """A Future logs an Exception; of anything else (a sys.exit()) threading.excepthook is told."""
+    told: list[object] = []
+    monkeypatch.setattr(threading, "excepthook", lambda arguments: told.append(arguments.exc_type))
     closer = closers()
     (ours, peer), (other, other_peer) = tcp(), tcp()
 
     def fail(_: Future[Report]) -> None:
-        raise LookupError("of the caller's")
+        raise error("of the caller's")
 
     future = closer.submit(ours)
     future.add_done_callback(fail)
@@ -226,7 +234,7 @@ def test_callback_that_raises_does_not_stop_the_closer(
     assert future.result(DEADLINE).outcome is Outcome.PEER_CLOSED
     other_peer.close()
     assert closer.submit(other).result(DEADLINE).outcome is Outcome.PEER_CLOSED
-    assert "LookupError" in caplog.text
+    assert ("LookupError" in caplog.text, told) == ((True, []) if error is LookupError else (False, [SystemExit]))
     caplog.clear()  # its traceback holds the closer
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import gc
+import socket
 import sys
 import weakref
 from array import array
@@ -278,3 +279,31 @@ def test_no_data_is_kept_at_all(closers: CloserMaker, tcp: PairMaker) -> None:
     assert closer.send_and_close(ours, b"short")
     assert read_to_end(peer) == Ending(5, None)
     assert not closer.send_and_close(other, MORE_THAN_FITS)
+
+
+# What a connection says only once --------------------------------------------------------------------------
+
+
+def test_error_that_is_told_only_once(closers: CloserMaker, refused: socket.socket) -> None:
+    report = closers().submit(refused, data=b"answer").result(DEADLINE)
+    assert (report.outcome, report.error, report.delivered) == (Outcome.FAILED, errno.ECONNREFUSED, False)
+
+
+# Memory of a future ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("timeout", [SHORT, DEADLINE])
+def test_data_does_not_live_as_long_as_the_future(closers: CloserMaker, tcp: PairMaker, timeout: float) -> None:
+    """Sent, or given up: nobody but the caller holds it afterwards."""
+    closer = closers(Drain(timeout=timeout))
+    ours, peer = tcp(**SMALL_BUFFERS)
+    data = bytes(len(MORE_THAN_FITS))
+    before = sys.getrefcount(data)
+    future = closer.submit(ours, data=data)
+    if timeout == DEADLINE:
+        read_to_end(peer)
+        peer.close()
+    assert future.result(DEADLINE).outcome is (Outcome.TIMED_OUT if timeout == SHORT else Outcome.PEER_CLOSED)
+    assert closer.join(DEADLINE)
+    wait_until(lambda: sys.getrefcount(data) == before)
+    del future

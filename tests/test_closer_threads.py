@@ -265,3 +265,29 @@ def test_garbage_is_collected_while_the_thread_is_started(
     second_peer.close()
     assert closer.join(DEADLINE)
     assert nonzero(closer.stats()) == {Outcome.PEER_CLOSED: 2}
+
+
+def test_thread_that_cannot_be_started_strands_nobody(
+    closers: CloserMaker, unix_pair: PairMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another thread hands over just then: it must not count on a thread that is still to come."""
+    closer = closers(Drain(timeout=DEADLINE))
+    (first, _), (second, second_peer) = unix_pair(), unix_pair()
+    second_peer.close()
+    others: list[Call[None]] = []
+
+    def refuse(_: threading.Thread) -> None:
+        patch.undo()
+        assert closer._loop.thread is None
+        others.append(Call(lambda: closer.close(second)))
+        others[0].start()
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(RuntimeError, match="can't start"):
+            closer.close(first)
+    others[0].result()
+    assert first.fileno() >= 0
+    assert closer.join(DEADLINE)
+    assert nonzero(closer.stats()) == {Outcome.PEER_CLOSED: 1}

@@ -417,3 +417,36 @@ def test_peer_resets_while_we_send(engine: Engine, tcp: PairMaker) -> None:
     assert report.error in (errno.ECONNRESET, errno.EPIPE)
     assert report.unacked is not None
     assert 0 < report.unacked <= len(BIG) - received
+
+
+# Connections that never were, or are over ------------------------------------------------------------------
+
+
+@BOTH
+def test_refused_and_the_application_has_read_the_error(engine: Engine, policy: Policy, refused: socket.socket) -> None:
+    """The SYN in its queue is no byte of ours, and nobody has reset anything."""
+    assert refused.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == errno.ECONNREFUSED
+    assert engine.tcp_status(refused).unacked == 0
+    assert facts(engine.close(refused, policy)) == (Outcome.NOT_CONNECTED, 0, 0, None, True)
+
+
+@BOTH
+def test_data_for_a_connection_that_was_refused(engine: Engine, policy: Policy, refused: socket.socket) -> None:
+    refused.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    assert facts(engine.send_and_close(refused, b"abc", policy)) == (Outcome.NOT_CONNECTED, 0, 3, None, False)
+
+
+@BOTH
+def test_data_for_a_connection_that_both_sides_have_ended(engine: Engine, policy: Policy, tcp: PairMaker) -> None:
+    """Nothing was reset: the application has closed its side before, and then there was more to say."""
+    ours, peer = tcp()
+    ours.shutdown(socket.SHUT_WR)
+    peer.close()
+    wait_until(lambda: tcp_state(ours) in (TcpState.TIME_WAIT, TcpState.CLOSE))
+    assert facts(engine.send_and_close(ours, b"abc", policy)) == (Outcome.NOT_CONNECTED, 0, 3, None, False)
+
+
+def test_no_data_for_a_socket_that_is_closed(engine: Engine, tcp: PairMaker) -> None:
+    ours, _ = tcp()
+    ours.close()
+    assert facts(engine.send_and_close(ours, b"")) == (Outcome.ALREADY_CLOSED, 0, None, None, None)

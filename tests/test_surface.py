@@ -263,3 +263,10 @@ def test_each_has_an_extra_of_its_own() -> None:
     except PackageNotFoundError:
         pytest.skip("lingerx is not installed: it runs from its sources")
     assert set(EXTRAS) <= set(provided or ())
+
+
+@pytest.mark.skipif(not NATIVE_IS_HERE, reason="portable build: lingerx._native is not installed")
+def test_loop_that_was_made_wrongly_does_no_harm() -> None:
+    """Nobody but a Closer makes one; but no Python code may end the process."""
+    done = _run("from lingerx._native import Loop\ntry:\n    Loop()\nexcept TypeError:\n    print('refused')", "native")
+    assert (done.stdout, done.returncode) == ("refused\n", 0), done.stderr

@@ -128,7 +128,8 @@ class Closer:
         a listening socket. Of an ssl.SSLSocket close_notify is sent first, as `lingerx.close` does.
 
         Raises, with the socket untouched, TypeError or ValueError as `lingerx.close` does, also for KernelLinger;
-        RuntimeError after `shutdown`, and where no thread can be started.
+        RuntimeError after `shutdown`, and where no thread can be started. One mistake may come to light too late for
+        that: a listening socket under a number that was a connection's is closed, as FAILED.
         """
         self._intake.close(sock, policy)
 
@@ -325,10 +326,10 @@ def _start_here(loop: Loop) -> None:
         _at_exit_of_multiprocessing()
         if loop.thread is not None or loop in _being_started:
             return
-        # A daemon: the interpreter must not wait for it before our own, bounded exit has run.
-        thread = threading.Thread(target=loop.run, name=loop.name, daemon=True)
         _being_started.append(loop)
         try:
+            # A daemon: the interpreter must not wait for it before our own, bounded exit has run.
+            thread = threading.Thread(target=loop.run, name=loop.name, daemon=True)
             thread.start()
         finally:
             _being_started.remove(loop)
