@@ -42,7 +42,7 @@ class Server:
                     key.data(key.fileobj)
 
     def accept(self, listener: socket.socket) -> None:
-        with suppress(OSError):  # gone already, or no fd left
+        with suppress(OSError):  # gone already; or no fd left: a real server stops listening for a moment then
             client, _ = listener.accept()
             client.setblocking(False)
             self.heads[client] = b""

@@ -165,6 +165,13 @@ def test_the_native_engine_does_without_typing() -> None:
     assert "typing" not in _loaded("native")
 
 
+@pytest.mark.parametrize("name", sorted(ADAPTERS))
+def test_adapters_need_no_import_of_their_own(name: str) -> None:
+    """`lingerx.trio.aclose` after `import lingerx` alone; without trio the error says what to install."""
+    done = _run(f"import lingerx; print(lingerx.{name}.__name__)")
+    assert done.stdout == f"lingerx.{name}\n" or f"pip install 'lingerx[{name}]'" in done.stderr, done.stderr
+
+
 def test_the_import_opens_nothing_and_starts_nothing() -> None:
     code = "import lingerx, threading; assert threading.active_count() == 1; import socket; socket.socket().close()"
     done = _run(code)

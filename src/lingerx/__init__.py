@@ -23,9 +23,21 @@ from .report import Outcome, Report
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from . import anyio as anyio
+    from . import asyncio as asyncio
+    from . import cheroot as cheroot
+    from . import gevent as gevent
+    from . import gunicorn as gunicorn
+    from . import hypercorn as hypercorn
+    from . import prometheus as prometheus
+    from . import socketserver as socketserver
+    from . import trio as trio
+    from . import twisted as twisted
+    from . import uvicorn as uvicorn
+    from . import wsgi as wsgi
     from .listener import LingerSSLSocket
 else:
-    from .listener import __getattr__ as __getattr__  # LingerSSLSocket, when it is asked for: it imports ssl
+    from ._lazy import __getattr__ as __getattr__  # what is asked for: it may need an extra
 del TYPE_CHECKING
 
 __version__ = "0.1.0"

@@ -16,7 +16,7 @@ class LingerSSLSocket(LingerSocket, ssl.SSLSocket):
 
     Whatever `context.wrap_socket` returns from then on, and what a listener made by it accepts, is one; see
     LingerSocket for the terms, which a subclass may set: `class Patient(LingerSSLSocket): policy = Drain(60.0)`.
-    close_notify goes out in one try that does not wait for the peer (10 ms at most), without it after `unwrap()`.
+    close_notify goes out in one try that does not wait; after `unwrap()` without it.
 
     asyncio and others that do TLS themselves close a plain socket in the end: give them `wrap_listener`.
 

@@ -36,9 +36,9 @@ def close(sock: socket.socket, policy: Policy | None = None) -> Report:
     """Close a socket by a policy, and say what came of it.
 
     sock: a connected stream socket: TCP over IPv4 or IPv6, AF_UNIX, or an ssl.SSLSocket (close_notify is sent
-        first, in one try that does not wait for the peer: up to 10 ms). Taken over: whatever happens, it is
-        closed afterwards, and `sock` is as after `sock.detach()`. O_NONBLOCK makes no difference and is left as it
-        is. Flush what `sock.makefile()` objects still buffer before: nobody but they knows of those bytes.
+        first, in one try that does not wait). Taken over: whatever happens, it is closed afterwards, and `sock` is as
+        after `sock.detach()`. O_NONBLOCK makes no difference and is left as it is. Flush what `sock.makefile()`
+        objects still buffer before: nobody but they knows of those bytes.
     policy: Background, Abort, KernelLinger, Flush or Drain. Default: Drain(timeout=3.0).
 
     Returns a Report. Network trouble is an outcome, never an exception; a socket object that is closed already

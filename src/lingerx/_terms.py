@@ -1,4 +1,4 @@
-"""How objects that close sockets by themselves do so: what `listener` and `socketserver` share.
+"""How objects that close sockets by themselves do so: what nearly all adapters share.
 
 The terms, their check, and which side of a fork we are on. No system call is made here.
 """

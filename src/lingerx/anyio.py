@@ -59,7 +59,8 @@ async def aclose(stream: Any, policy: Policy | None = None, *, closer: Closer | 
     closer: waits in its thread; None for `lingerx.default_closer()`.
 
     Over TLS close_notify is sent before the half-close, unless the stream is not standard_compatible; input is
-    discarded meanwhile, and the policy's deadline counts for all of it. `unacked` counts it too.
+    discarded meanwhile, and the policy's deadline counts for all of it. `unacked` counts it too. The
+    report speaks of what the kernel was given: what a cancelled send() had not written yet is lost, and not in it.
 
     Returns the Report; ALREADY_CLOSED for a stream that was closed before, also by asyncio after a reset; FAILED with
     an errno after a plain close where there was no fd left for the copy. When it is cancelled, the policy's

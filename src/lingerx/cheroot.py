@@ -36,8 +36,8 @@ class Connection(Terms, HTTPConnection):
     """
 
     def close(self) -> None:
-        """Linger, then what cheroot does anyway where nobody can."""
-        if self.socket.fileno() >= 0:
+        """Linger, then what cheroot does anyway where nobody can, or where `linger` leaves the socket to somebody."""
+        if self.socket.fileno() >= 0 and not self.linger:
             self._linger(self.socket, wait=False)
         if self.socket.fileno() >= 0:
             super().close()

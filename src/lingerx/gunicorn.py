@@ -6,7 +6,6 @@ here, and nothing of gunicorn's is replaced: a worker class, its methods, and th
 
 from __future__ import annotations
 
-import os
 import socket
 import ssl
 import time
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ._linger_socket import LingerSocket
 from ._linger_ssl_socket import LingerSSLSocket
-from ._terms import check_terms
+from ._terms import came_of_a_fork_since, check_terms
 from .closer import EXIT_TIMEOUT, Closer, default_closer
 from .listener import LingerListener, _move, wrap_listener
 from .policy import Policy, seconds_to_ns
@@ -30,7 +29,7 @@ except ImportError as missing:
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    Socket = socket.socket
+    Socket = LingerSocket
 else:
     Socket = object
 
@@ -120,11 +119,14 @@ class _HalfCloseHandsOver(Socket):
     # gunicorn's util.close_graceful (since 26) half-closes, reads for 2 s or 64 KiB, and closes. Its half-close is
     # where the closer takes over; then it finds no fd, and returns.
 
+    # Where nobody can linger it reads on as ever. (A fork is no reason here: a half-close is meant for all copies.)
+
     def shutdown(self, how: int) -> None:
-        if how == socket.SHUT_WR:
-            self.close()
-        else:
-            super().shutdown(how)
+        if how == socket.SHUT_WR and self.fileno() >= 0:
+            self._linger(self, came_of_a_fork_since(self._born))
+            if self.fileno() < 0:
+                return
+        super().shutdown(how)
 
 
 class _Socket(_HalfCloseHandsOver, LingerSocket):
@@ -221,7 +223,7 @@ def _gevent_worker() -> type:
     from . import gevent
 
     class GeventWorker(LingeringMixIn, _GeventWorker):
-        """gunicorn's gevent worker. Its greenlets end with their answers.
+        """gunicorn's gevent worker: a greenlet ends when its answer is written, and does not wait for the client.
 
         Attributes: those of `LingeringMixIn`; closer is a `lingerx.gevent.Closer`. Needs the native engine: else
         nothing lingers, which the log tells.
@@ -249,21 +251,18 @@ def _gevent_worker() -> type:
                 super().run()
 
         def handle(self, listener: Any, client: Any, addr: Any) -> None:
-            """One connection, until gunicorn closes it. A copy keeps it alive beyond that."""
-            copy = self._copy(client)
+            """One connection, until gunicorn closes it."""
+            plain: type[socket.socket] = get_original("socket", "socket")  # closers take no other
+            kind = client.family, client.type, client.proto
+            # As long as there is such an object, gunicorn's close() leaves the fd open.
+            kept = client.makefile("rb", 0)
             try:
                 super().handle(listener, client, addr)
             finally:
-                if copy is not None:
-                    with copy, suppress(RuntimeError, OSError):  # else a plain close has to do
-                        self._closer().close(copy, self.policy)
-
-        def _copy(self, client: Any) -> socket.socket | None:
-            plain: type[socket.socket] = get_original("socket", "socket")  # closers take no other
-            try:  # by the number: with TLS the client has no dup()
-                return plain(client.family, client.type, client.proto, os.dup(client.fileno()))
-            except OSError:  # no fd left
-                return None
+                if client.fileno() >= 0:
+                    with plain(*kind, client.detach()) as sock, suppress(RuntimeError, OSError):
+                        self._closer().close(sock, self.policy)  # else a plain close has to do
+                kept.close()
 
     return GeventWorker
 

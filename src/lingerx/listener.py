@@ -98,7 +98,8 @@ def wrap_listener(
     policy, closer, wait: as for `create_server`.
 
     Hand the result to whatever accepts in Python: `server.socket = wrap_listener(server.socket)` in socketserver,
-    `sock=` in asyncio. It has no effect where accept() is not called on it: in uvloop, or after pickling or fileno().
+    `sock=` in asyncio. It has no effect where accept() is not called on it: in uvloop, or where only its fileno() is
+    used. It cannot be pickled.
 
     Raises, with the socket untouched, TypeError for what is no stream socket object, ValueError for an ssl.SSLSocket,
     OSError (EBADF) for one that is closed.

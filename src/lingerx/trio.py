@@ -44,7 +44,8 @@ async def aclose(stream: Any, policy: Policy | None = None, *, closer: Closer | 
     closer: waits in its thread; None for `lingerx.default_closer()`.
 
     Over TLS close_notify is sent before the half-close, unless the stream is https_compatible or its handshake was
-    not done; input is discarded meanwhile, and the policy's deadline counts for all of it. `unacked` counts it too.
+    not done; input is discarded meanwhile, and the policy's deadline counts for all of it. `unacked` counts it too. The
+    report speaks of what the kernel was given: what a cancelled send_all() had not written yet is lost, and not in it.
 
     Returns the Report; ALREADY_CLOSED for a stream that was closed before. When it is cancelled, the policy's
     `on_timeout` is applied at once, and trio.Cancelled goes on. Network trouble is never an exception.

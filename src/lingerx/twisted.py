@@ -17,10 +17,16 @@ from .policy import Abort, Drain, Flush, Policy, left_of
 try:
     from twisted.internet.defer import Deferred
     from twisted.internet.error import ConnectionDone
-    from twisted.internet.interfaces import IHalfCloseableProtocol, IPullProducer, IReadWriteDescriptor, ISSLTransport
+    from twisted.internet.interfaces import (
+        IHalfCloseableProtocol,
+        IProtocolNegotiationFactory,
+        IPullProducer,
+        IReadWriteDescriptor,
+        ISSLTransport,
+    )
     from twisted.protocols.policies import ProtocolWrapper, WrappingFactory
     from twisted.python.failure import Failure
-    from zope.interface import implementer
+    from zope.interface import alsoProvides, implementer
 except ImportError as missing:
     raise ImportError("lingerx.twisted needs Twisted (pip install 'lingerx[twisted]')") from missing
 
@@ -51,7 +57,8 @@ def lingering(
     sends its whole request before it reads gets an answer of any size. Then the socket goes to the closer, which
     half-closes, and the protocol's connectionLost is called. The policy's `timeout` and `max_bytes` hold for both
     parts together; where one is reached before all is written, the rest is lost. (`idle_timeout` counts once all is
-    written.) abortConnection() is as ever.
+    written.) Where the policy has no deadline, that is 30 s. abortConnection() is as ever. Set `timeout` to more than
+    what your slowest download takes after loseConnection().
 
     With TLS (`reactor.listenSSL`, "ssl:" endpoints, startTLS) Twisted itself waits for the peer's close_notify; here
     it gets an end, and input is thrown away meanwhile: Flush is as Drain then.
@@ -255,6 +262,9 @@ class LingeringFactory(WrappingFactory):
     ) -> None:
         check_terms(policy, closer, wait=False)
         super().__init__(factory)
+        if IProtocolNegotiationFactory.providedBy(factory):  # TLS asks the outermost one what may be spoken (ALPN)
+            self.acceptableProtocols = factory.acceptableProtocols
+            alsoProvides(self, IProtocolNegotiationFactory)
         self.policy, self.closer = policy, closer
         self._reactor = reactor
         self._trigger: Any = None

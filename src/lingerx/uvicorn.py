@@ -52,6 +52,9 @@ class LingeringMixIn(Terms, Protocol):
     connections, until nothing lingers, for at most the closer's `exit_timeout`, or its own --timeout-graceful-shutdown
     if that is shorter. What still lingers then gets a plain close, by the kernel.
 
+    An answer and its lingering share the policy's `timeout`: set it to more than your slowest download. With
+    --limit-concurrency one more background task is let in than without lingerx.
+
     Raises TypeError or ValueError when a class is made with a policy or closer that cannot be used here.
     """
 
@@ -73,13 +76,14 @@ class LingeringMixIn(Terms, Protocol):
 
 
 class _Rest:
-    # Stands among a server's connections for all those that linger: uvicorn tells it to shut down, and waits for it.
+    # No connection, but stands among a server's connections for all that linger: so uvicorn tells it to shut down, and
+    # waits for it.
 
     def __init__(self, connections: set[Any], closer: Closer | None) -> None:
         self._connections, self._closer = connections, closer
 
     def shutdown(self, deadline: float | None = None) -> None:
-        """Leave when all the others have left and nothing lingers, or at the deadline, which begins when they have."""
+        """Leave when the connections have left and nothing lingers, or at the deadline, which begins when they have."""
         loop = asyncio.get_running_loop()
         try:
             closer = default_closer() if self._closer is None else self._closer

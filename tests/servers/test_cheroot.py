@@ -138,6 +138,21 @@ def test_closer_was_shut_down(stack: Any, tcp: Any, engine_name: str) -> None:
     assert peer.recv(1) == b""
 
 
+def test_connection_that_is_left_to_somebody_else(stack: Any, tcp: Any) -> None:
+    """`linger` is cheroot's own word for that: a websocket tool sets it, and keeps the socket."""
+    from cheroot.server import Gateway, HTTPServer
+
+    from lingerx.cheroot import Connection
+
+    ours, peer = tcp()
+    conn = Connection(HTTPServer(("127.0.0.1", 0), Gateway), ours)
+    conn.linger = True
+    conn.close()
+    ours.sendall(b"by websocket")
+    assert peer.recv(100) == b"by websocket"
+    ours.close()
+
+
 def test_it_is_missing() -> None:
     program = "import sys; sys.modules['cheroot'] = None; import lingerx.cheroot"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=os.environ)

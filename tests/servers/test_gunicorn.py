@@ -264,6 +264,17 @@ class TestSubclass(Sync):
                 self._all_arrive(served, "raw", 10)
 
 
+@linux
+class TestAppThatForks(Sync):
+    """With copies of its socket about, a listener's connection is closed plainly. A half-close is meant for all."""
+
+    name, app = "gunicorn sync, app that forks", "servers.gunicorn_apps:forking"
+
+    def test_every_answer_arrives(self, loopback: Link) -> None:
+        with self.serve(loopback) as served:
+            self._all_arrive(served, "raw", 10)
+
+
 # In this process ------------------------------------------------------------------------------------------
 
 

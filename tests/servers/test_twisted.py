@@ -97,6 +97,21 @@ class TestTwistedWeb(Twisted, RefusedUploads, RefusedUploadsOnASlowLink, BigAnsw
 
 
 @needs("OpenSSL")
+def test_tls_asks_the_wrapped_factory_what_may_be_spoken() -> None:
+    """Browsers and curl offer protocols (ALPN), which a Site chooses from."""
+    from twisted.internet.interfaces import IProtocolNegotiationFactory
+    from twisted.internet.protocol import Factory
+    from twisted.web.server import Site
+
+    from lingerx.twisted import lingering
+
+    site = Site(None)
+    assert IProtocolNegotiationFactory.providedBy(lingering(site))
+    assert lingering(site).acceptableProtocols() == site.acceptableProtocols()
+    assert not IProtocolNegotiationFactory.providedBy(lingering(Factory()))
+
+
+@needs("OpenSSL")
 class TestTwistedWebOverTls(Twisted, RefusedUploadsOverTls):
     name = "twisted.web"
 
