@@ -1,6 +1,6 @@
 // What Go programs write, timed as close_loop.c is: the same closes, of connections that this process makes itself.
 //
-// Built on the spot by go_ways.py, where there is a Go compiler. Reads lines "kind count" and answers each with a line:
+// Built on the spot by compiled.py, where there is a Go compiler. Reads lines "kind count" and answers each with a line:
 // the nanoseconds that closing `count` connections took. Kinds: abort, background, graceful, half-close, and handover,
 // which leaves the rest of a half-closed connection to a goroutine. With the argument "serve" it is a one-thread HTTP
 // server for http_closer.py in place of that.

@@ -22,6 +22,10 @@ from typing import TYPE_CHECKING, cast
 
 import pytest
 
+# What a person's shell, or CI, asks of colours is not what the tests look for in the output of programs.
+for _wish in ("FORCE_COLOR", "NO_COLOR", "CLICOLOR_FORCE", "PYTHON_COLORS", "TTY_COMPATIBLE", "COLUMNS"):
+    os.environ.pop(_wish, None)
+
 pytest.register_assert_rewrite("closers", "conformance", "connections", "peers", "refusals")
 
 from closers import CloserMaker, closer_over, ended_afterwards  # noqa: E402

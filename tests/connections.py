@@ -18,6 +18,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+import pytest
+
 if sys.platform != "win32":
     import fcntl
     import termios
@@ -169,6 +171,8 @@ def wait_for_reset(ours: socket.socket) -> None:
 
 def tcp_state(sock: socket.socket) -> TcpState:
     """Borrows: tcpi_state, the first byte of TCP_INFO."""
+    if sys.platform != "linux":
+        pytest.skip("TCP_INFO tells the state on Linux")
     return TcpState(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0])
 
 
@@ -192,6 +196,8 @@ class Connection(NamedTuple):
 
     def state(self) -> TcpState | None:
         """Its state, from /proc/net/tcp and tcp6; None when the kernel has forgotten it."""
+        if sys.platform != "linux":
+            pytest.skip("there is no /proc/net/tcp")
         for table in ("/proc/net/tcp", "/proc/net/tcp6"):
             for line in Path(table).read_text("ascii").splitlines()[1:]:
                 fields = line.split()

@@ -174,6 +174,21 @@ def test_broken_fact_is_exit_status_1_and_says_what_to_do(monkeypatch: pytest.Mo
     check_schema(answer)
 
 
+def test_without_loopback_nothing_else_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of the others would wait for seconds."""
+
+    def refuse(_: Lab) -> None:
+        raise OSError(errno.ENETUNREACH, os.strerror(errno.ENETUNREACH))
+
+    monkeypatch.setattr(Lab, "pair", refuse)
+    printed = invoke()
+    assert printed.exit_code == 1
+    assert "broken loopback 127.0.0.1 can't be reached: Network is unreachable." in flat(printed.output)
+    assert "To do: Bring the loopback interface up (ip link set lo up)" in flat(printed.output)
+    answer = json.loads(invoke("--json").output)
+    assert (answer["broken"], [line["name"] for line in answer["facts"]]) == (["loopback"], ["loopback"])
+
+
 def test_note_is_exit_status_0_and_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     late = replaced("ack_wakeup", lambda lab: note("it does not come.", "Nothing: a timer looks."))
     monkeypatch.setattr(probes, "PROBES", late)

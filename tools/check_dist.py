@@ -12,7 +12,8 @@ from pathlib import Path, PurePosixPath
 
 SOURCE = Path(__file__).parent.parent / "src"
 COMPILED = {"_machine_c", "_native", "report"}
-GENERATED = {".c", ".o", ".so", ".pyd", ".pyc", ".html"}
+GENERATED = {".o", ".so", ".pyd", ".pyc"}
+GENERATED_IN_SOURCE = {".c", ".html"}
 IN_SDIST = {"pyproject.toml", "setup.py", "MANIFEST.in", "LICENSE", "README.md", "CHANGELOG.md"}
 
 
@@ -25,7 +26,13 @@ def sdist_faults(names: set[str]) -> Iterator[str]:
     names = {name.partition("/")[2] for name in names}
     needed = {f"src/{name}" for name in sources(".py", ".pyi", ".pyx", ".pxd", ".pxi", ".h", ".typed")} | IN_SDIST
     yield from (f"lacks {name}" for name in sorted(needed - names))
-    yield from (f"holds {name}" for name in sorted(names) if PurePosixPath(name).suffix in GENERATED)
+    for name in sorted(names):
+        suffix = PurePosixPath(name).suffix
+        if suffix in GENERATED or (suffix in GENERATED_IN_SOURCE and name.startswith("src/")):
+            yield f"holds {name}"
+    for language in (".c", ".go"):
+        if not any(name.startswith("benchmarks/") and name.endswith(language) for name in names):
+            yield f"lacks the benchmarks' {language} files"
     if not any(name.startswith("tests/") for name in names):
         yield "lacks tests"
 

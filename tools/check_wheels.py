@@ -57,7 +57,7 @@ pip on PyPy takes pp311-none-any where `packaging` says pp3-none-any. (uv takes 
 """
 
 
-SLOW_IMPORT = 60.0
+SLOW_IMPORT = 25.0
 """Milliseconds beyond `import socket`. 20 are promised, and half of that is normal; but the machine may be busy."""
 
 

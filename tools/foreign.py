@@ -21,6 +21,34 @@ GLIBCS = (17, 24, 28, 31, 34)
 """Minor versions of those that wheels of others name; pip takes the older ones for granted only by name."""
 ARM = "aarch64-linux-gnu"
 
+NOT_UNDER_QEMU = (
+    # It hands out four bytes of TCP_INFO. So nobody can tell what a reset has destroyed (`delivered` is None where the
+    # tests want False), what was never sent, whether a peer was ever heard of, or count segments.
+    "test_abort_at_the_byte_limit",
+    "test_abort_at_the_deadline_destroys_exactly_the_unacked",
+    "test_connecting_socket_is_not_connected",
+    "test_data_for_a_connection_that_was_refused",
+    "test_drain_is_not_done_while_a_byte_is_unacked",
+    "test_each_probe_alone",
+    "test_fin_counts_as_one_unacked_byte",
+    "test_fin_rides_on_the_last_data_after_msg_more",
+    "test_fin_rides_on_the_last_data_segment",
+    "test_flag_that_does_nothing_is_a_note",
+    "test_peer_has_reset_and_the_application_has_read_the_error",
+    "test_peer_has_reset_before_us",
+    "test_peer_never_reads_until_the_limit_and_is_aborted",
+    "test_peer_resets_after_its_fin_while_data_is_unacked",
+    "test_peer_resets_while_we_wait_for_its_acks",
+    "test_refused_and_the_application_has_read_the_error",
+    # Its own signals, and its clock.
+    "test_thread_blocks_all_signals",
+    "test_waiting_costs_no_cpu",
+    # OpenSSL of Debian stable on a slow machine: the peer's end of a cut-off session comes later than the tests wait.
+    "test_handler_raises_while_we_send",
+    "test_peer_that_never_reads",
+    "test_somebody_else_closes_while_we_send",
+)
+
 
 def check(sdist: Path, portable: Iterable[Path], tests: Path, work: Path) -> None:
     """All of it."""
@@ -63,9 +91,7 @@ def check_aarch64(sdist: Path, tests: Path, work: Path, mirror: str) -> None:
     elsewhere.mkdir()
     env = {"PYTHONHOME": "/usr", "PYTHONPATH": str(site), "LINGERX_SANITIZE": "address"}  # the clock runs slower here
     say(wheel.name, run(starter, ROOT / "tools" / "smoke.py", "native", cwd=elsewhere, env=env).strip())
-    # qemu hands out four bytes of TCP_INFO, so nobody can tell there what a reset has destroyed: `delivered` is None
-    # where the tests want False. That is the emulator's doing; what counts is that nothing else is amiss.
-    print("   ", run_tests(starter, tests, elsewhere, env, may_fail=True), "(TCP_INFO is cut short by qemu)")
+    print("   ", run_tests(starter, tests, elsewhere, env, NOT_UNDER_QEMU), "(TCP_INFO is cut short by qemu)")
 
 
 def cross_build(sdist: Path, work: Path, version: str) -> Path:

@@ -24,7 +24,7 @@ from . import upload
 from .facts import AGAIN, DEADLINE, NOTHING_TO_DO, Finding, Lab, Probe, broken, note, ok
 from .tally import find_failures
 
-__all__ = ["PROBES"]
+__all__ = ["LOOPBACK", "PROBES"]
 
 ANOTHER_KERNEL = (
     "Do not trust lingerx on this machine: run on another kernel, or outside of what sandboxes this one, and report it "
@@ -54,6 +54,17 @@ def _engine(lab: Lab) -> Finding:
         "portable: the native engine is not installed." + (" (LINGERX_ENGINE asks for this one.)" if forced else ""),
         "Install lingerx where a C compiler is, without LINGERX_BUILD=portable; on Windows and PyPy this is all.",
     )
+
+
+def _loopback(lab: Lab) -> Finding:
+    try:
+        lab.pair()
+    except OSError as error:
+        return broken(
+            f"127.0.0.1 can't be reached: {error.strerror or error}. Nothing else was tried.",
+            "Bring the loopback interface up (ip link set lo up), or ask whoever made this network without it.",
+        )
+    return ok("127.0.0.1 can be reached.")
 
 
 # What lingerx does, from end to end -----------------------------------------------------------------------
@@ -332,3 +343,5 @@ PROBES = (
     Probe("user_timeout", "TCP_USER_TIMEOUT", _user_timeout),
 )
 """In the order in which they are shown."""
+LOOPBACK = Probe("loopback", "loopback", _loopback, relied_on=True, linux_only=False)
+"""What all of them need; it is shown when it fails."""

@@ -21,6 +21,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -312,9 +313,10 @@ def run(settings: Settings, progress: OnUpload, ways: tuple[Way, ...] = WAYS) ->
 
     progress: called with the way's name after each upload, from any thread.
     """
-    with tempfile.TemporaryDirectory(prefix="lingerx-demo-") as name:
-        folder = Path(name)
-        if "curl" in settings.clients:
+    with ExitStack() as stack:
+        folder = None
+        if "curl" in settings.clients:  # which reads from a file, and writes to others
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lingerx-demo-")))
             (folder / "upload").write_bytes(bytes(settings.upload_bytes))
         return [
             Row(
@@ -328,10 +330,10 @@ def run(settings: Settings, progress: OnUpload, ways: tuple[Way, ...] = WAYS) ->
         ]
 
 
-def _run_cell(way: Way, client: str, settings: Settings, folder: Path, progress: OnUpload) -> Cell:
+def _run_cell(way: Way, client: str, settings: Settings, folder: Path | None, progress: OnUpload) -> Cell:
     def upload(request: int) -> Seen:
         try:
-            if client == "curl":
+            if folder is not None and client == "curl":
                 return curl_upload(server.port, request, settings, folder)
             return raw_upload(server.port, request, settings)
         finally:
