@@ -78,6 +78,10 @@ class Python(NamedTuple):
     path: Path
 
 
+SDIST = Python("sdist", Path(sys.executable))
+"""The one that builds the sdist where it is tried."""
+
+
 # --- building ---
 
 
@@ -228,7 +232,7 @@ def tests_of(sdist: Path, work: Path) -> Path:
 
 def check_sdist(sdist: Path, work: Path) -> str:
     """In a fresh environment and an empty folder, by this machine's compiler."""
-    programs = new_environment(Python("sdist", Path(sys.executable)), work / "try-sdist")
+    programs = new_environment(SDIST, work / "try-sdist")
     elsewhere = work / "elsewhere-sdist"
     elsewhere.mkdir()
     run(programs / "pip", "install", "--no-cache-dir", f"{sdist}[cli]", cwd=elsewhere)
@@ -292,7 +296,7 @@ def check(work: Path, *, long: bool) -> None:
     say("import lingerx, ms beyond import socket", *took)
 
     # In between stands the Python that runs all tests anyway.
-    tested = pythons if long else list(dict.fromkeys([pythons[0], pythons[-1]]))
+    tested = [*pythons, SDIST] if long else list(dict.fromkeys([pythons[0], pythons[-1]]))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         passed = pool.map(lambda python: f"{python.name}: {test_wheel(python, work, tests)}", tested)
         say("the tests, on what was installed", *passed)
