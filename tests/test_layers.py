@@ -16,7 +16,7 @@ PACKAGE = Path(lingerx.__file__).parent
 BOTTOM = {"_machine", "policy", "report"}
 """They import nothing of ours."""
 
-HELPERS = {"_arguments", "_ledger", "_named_tuple", "_offers", "_ownership", "_sockopt", "_status", "_tls"}
+HELPERS = {"_arguments", "_ledger", "_named_tuple", "_offers", "_ownership", "_sockopt", "_status", "_tls", "_tls_way"}
 """Allowed below the engines: checks, words, values, socket options, and what TLS has to say."""
 
 ENGINES = {"_native", "_portable"}
@@ -33,7 +33,7 @@ ADAPTERS = {
 
 DOORS = {"__init__", "__main__", "_lazy"}
 
-CALLS_ALLOWED = {"_portable", *PARTS, "_sockopt", "_tls", "cli"}
+CALLS_ALLOWED = {"_portable", *PARTS, "_sockopt", "_tls", "_tls_way", "cli"}
 """Where system calls on sockets may be made in Python; the rest of the library asks an engine."""
 
 SYSTEM_CALLS = {"setsockopt", "shutdown", "ioctl", "fcntl"}

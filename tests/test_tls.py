@@ -23,7 +23,7 @@ import pytest
 
 from closers import output_of, start_program
 from connections import A_LONG_LOOK, DEADLINE, Ending, PairMaker, identity, queued_input, still_open, wait_until
-from lingerx import Abort, Background, Drain, Flush, Outcome, Policy, _tls, closing
+from lingerx import Abort, Background, Drain, Flush, Outcome, Policy, _tls_way, closing
 from peers import Call, Polite, WritesFirst, reset
 
 if TYPE_CHECKING:
@@ -517,13 +517,13 @@ def test_openssl_reads_small_portions_while_it_sends(tls: TlsPairMaker) -> None:
     ours, peer = tls()
     peer.sendall(ANSWER)
     wait_until(lambda: queued_input(ours) > len(ANSWER))
-    way = _tls._Way(ours)
+    way = _tls_way.Way(ours)
     way.begin()
     connection = socket.socket(fileno=os.dup(way.connection.fileno()))
     with connection:
         before = queued_input(connection)
         assert way.bring()
-        assert before - queued_input(connection) == _tls.PORTION
+        assert before - queued_input(connection) == _tls_way.PORTION
     way.give_up()
 
 
@@ -532,7 +532,7 @@ def test_another_thread_closes_the_socket_meanwhile(tls: TlsPairMaker, stack: Ex
     """It closes our end of a socketpair. Whoever gets that number next is left alone."""
     ours, _ = tls()
     _, inode = identity(ours)
-    way = _tls._Way(ours)
+    way = _tls_way.Way(ours)
     way.begin()
     number = ours.fileno()
     ours.close()
@@ -547,6 +547,32 @@ def test_another_thread_closes_the_socket_meanwhile(tls: TlsPairMaker, stack: Ex
     assert not still_open(now)
     stranger.sendall(b"here")
     assert friend.recv(100) == b"here"
+
+
+@posix
+@pytest.mark.parametrize("how", [socket.SHUT_RD, socket.SHUT_WR, socket.SHUT_RDWR])
+def test_another_thread_shuts_the_socket_down_while_we_send(engine: Engine, tls: TlsPairMaker, how: int) -> None:
+    """The session is gone for it, but not for us: nothing goes out in clear, and the call ends in its time."""
+    ours, peer = tls(timeout=DEADLINE)
+    with Call(lambda: engine.send_and_close(ours, MORE_THAN_FITS, Drain(timeout=IN_TIME))) as sending:
+        received = len(peer.recv(1))
+        ours.shutdown(how)
+        with suppress(ssl.SSLEOFError, ConnectionResetError):  # never "wrong version number", as in clear it would be
+            received += read_all(peer)
+        peer.close()
+    report = sending.result()
+    if how == socket.SHUT_RD:  # which nobody needs
+        assert received == len(MORE_THAN_FITS)
+    else:
+        assert report.outcome in (Outcome.FAILED, Outcome.PEER_RESET)
+        assert report.delivered is False
+
+
+def test_no_data_in_clear_before_the_handshake_is_done(engine: Engine, tls: TlsPairMaker) -> None:
+    ours, _ = tls(handshake=False)
+    with pytest.raises(ValueError, match="handshake"):
+        engine.send_and_close(ours, b"secret")
+    assert ours.fileno() >= 0
 
 
 @posix

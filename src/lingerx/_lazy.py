@@ -7,14 +7,18 @@ from __future__ import annotations
 
 from importlib import import_module
 
-ADAPTERS = frozenset(
-    ("anyio", "asyncio", "cheroot", "gevent", "gunicorn", "hypercorn", "prometheus", "socketserver", "trio", "twisted")
-) | {"uvicorn", "wsgi"}
+ADAPTERS = {
+    *("anyio", "asyncio", "cheroot", "gevent", "gunicorn", "hypercorn"),
+    *("prometheus", "socketserver", "trio", "twisted", "uvicorn", "wsgi"),
+}
 
 
 def __getattr__(name: str) -> object:
     if name in ADAPTERS:
-        return import_module(f"{__package__}.{name}")
+        try:
+            return import_module(f"{__package__}.{name}")
+        except ImportError as missing:  # so that hasattr() says no
+            raise AttributeError(f"module {__package__!r} has no attribute {name!r}: {missing}") from missing
     if name == "LingerSSLSocket":
         from .listener import LingerSSLSocket
 

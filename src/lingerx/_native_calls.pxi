@@ -93,7 +93,7 @@ def send_and_close(sock, data, policy=None):
         data = _arguments.check_data(data)
     fd = check(sock, False)
     family = family_of(sock)
-    if type(sock) is not Socket and fd >= 0 and _tls.is_tls(sock):
+    if type(sock) is not Socket and fd >= 0 and _tls.encrypts(sock):
         return _tls.send_and_close(sock, memoryview(data), policy, close)
     PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
     try:

@@ -66,7 +66,10 @@ cdef int call_or_complain(object call, tuple arguments) except -1:
     try:
         call(*arguments)
     except BaseException:
-        threading.excepthook(threading.ExceptHookArgs((*sys.exc_info(), threading.current_thread())))
+        try:
+            threading.excepthook(threading.ExceptHookArgs((*sys.exc_info(), threading.current_thread())))
+        except BaseException:  # somebody's hook, or stderr is closed
+            pass
     return 0
 
 

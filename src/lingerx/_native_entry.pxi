@@ -83,9 +83,10 @@ cdef int perform(Entry *e, int action, long long *amount) noexcept nogil:
         queue = lx_send_queue(e.fd) if e.c.family == LX_TCP else -1
         if queue == -2:
             return trouble(errno, amount)
-        if queue == 0 and not after_its_fin(e.c.state) and lx_opening(e.fd):
-            queue = m.UNTOLD
-        elif queue == 1 and e.c.outcome == m.NOT_CONNECTED and lx_no_data_sent(e.fd):
+        if queue == 0 and not after_its_fin(e.c.state):
+            # Asked again, for the handshake may have ended in between: a 0 counts only after it.
+            queue = m.UNTOLD if lx_opening(e.fd) else lx_send_queue(e.fd)
+        if queue == 1 and e.c.outcome == m.NOT_CONNECTED and lx_no_data_sent(e.fd):
             queue = 0
         amount[0] = queue
         if e.c.state == m.LEAVING:

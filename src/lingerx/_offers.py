@@ -107,8 +107,8 @@ def send_and_close(sock: socket.socket, data: Buffer, policy: Policy | None = No
     close_notify goes out behind it.
 
     Returns a Report; `unacked` counts the bytes that were never sent too, and `delivered` is False when any
-    were dropped. Raises TypeError or ValueError as `close` does, also for a policy without a deadline and for
-    data that is not bytes-like; the socket is then untouched. Sources: as `close`; send(2) MSG_MORE, MSG_NOSIGNAL.
+    were dropped. Raises TypeError or ValueError as `close` does, also for a policy without a deadline, data that is
+    not bytes-like and a TLS handshake that is not done; the socket is then untouched. Sources: as `close`; send(2) MSG_MORE, MSG_NOSIGNAL.
     """
     raise NotImplementedError
 

@@ -96,8 +96,11 @@ class Hold:
         """Owns the fd from here on. Raises OSError with one of NO_SOCKET when there is none after all."""
         self._taken = True
         try:
-            if self.wrapper is not None and take(self.wrapper) < 0:  # another thread was quicker
-                raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+            if self.wrapper is not None:
+                fd = take(self.wrapper)
+                if fd < 0:  # another thread was quicker
+                    raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+                self.fd = fd  # another than before, when another thread has closed it while TLS said goodbye
             attach(self.raw, self.fd)
         except OSError as error:
             self._settled = error.errno in NO_SOCKET

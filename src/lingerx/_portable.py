@@ -44,7 +44,7 @@ def send_and_close(sock: socket.socket, data: Buffer, policy: Policy | None = No
     policy = DEFAULT if policy is None else check_policy(policy, deadline=True)
     view = _arguments.check_data(data)
     fd = check_socket(sock)
-    if fd >= 0 and _tls.is_tls(sock):
+    if fd >= 0 and _tls.encrypts(sock):
         return _tls.send_and_close(sock, view, policy, close)
     return _close_all([Closing(sock, fd, policy, view)], policy)[0]
 

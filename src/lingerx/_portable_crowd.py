@@ -147,9 +147,11 @@ class Closing(Hold):
         """What is in the send queue."""
         queue = _sockopt.send_queue(self.raw, self.fin_queued)
         # A peer whose FIN was seen has done its part of the handshake.
-        if queue == 0 and self.tcp and self.state not in (m.CONFIRMING, m.FLUSHING_ON) and _sockopt.opening(self.raw):
-            queue = m.UNTOLD
-        elif queue == 1 and self.outcome == m.NOT_CONNECTED and _sockopt.no_data_sent(self.raw):
+        if queue == 0 and self.tcp and self.state not in (m.CONFIRMING, m.FLUSHING_ON):
+            # Asked again, for the handshake may have ended in between: a 0 counts only after it.
+            opening = _sockopt.opening(self.raw)
+            queue = m.UNTOLD if opening else _sockopt.send_queue(self.raw, self.fin_queued)
+        if queue == 1 and self.outcome == m.NOT_CONNECTED and _sockopt.no_data_sent(self.raw):
             queue = 0
         if self.state == m.LEAVING:
             self.never_sent = -1 if queue == m.UNTOLD else _sockopt.never_sent(self.raw)

@@ -100,7 +100,8 @@ class Handed(Closing):
             try:
                 future.set_result(self.report)
             except BaseException:  # a sys.exit() in a callback: the others still want to know
-                threading.excepthook(threading.ExceptHookArgs((*sys.exc_info(), threading.current_thread())))
+                with suppress(BaseException):  # somebody's hook, or stderr is closed
+                    threading.excepthook(threading.ExceptHookArgs((*sys.exc_info(), threading.current_thread())))
 
 
 class Books:

@@ -283,7 +283,7 @@ _starting = threading.RLock()
 _listing = threading.RLock()
 _this_thread = threading.local()
 _being_started: list[Loop] = []
-"""Under `_starting`: more than one when the garbage collector comes in between."""
+"""Guarded by `_starting`. More than one when the garbage collector comes in between."""
 
 
 def _start(loop: Loop) -> None:
@@ -329,18 +329,34 @@ def _start_here(loop: Loop) -> None:
         _being_started.append(loop)
         try:
             # A daemon: the interpreter must not wait for it before our own, bounded exit has run.
-            thread = threading.Thread(target=loop.run, name=loop.name, daemon=True)
+            thread = _Thread(target=loop.run, name=loop.name, daemon=True)
             thread.start()
         finally:
             _being_started.remove(loop)
         loop.thread = thread  # not before: others would count on it, and it might not start
 
 
+class _Thread(threading.Thread):
+    """Knows when it is done. One whose join() was interrupted counts as ended at once in CPython 3.11 (bpo-45274)."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.done = threading.Event()
+
+    def run(self) -> None:
+        try:
+            super().run()
+        finally:
+            self.done.set()
+
+
 def _join(loop: Loop, end: int) -> None:
     with _starting:
         thread = loop.thread
     if thread is not None and thread is not threading.current_thread():
-        thread.join(min(max(0.0, (end - time.monotonic_ns()) / 1e9 + _CALLBACKS), threading.TIMEOUT_MAX))
+        left = min(max(0.0, (end - time.monotonic_ns()) / 1e9 + _CALLBACKS), threading.TIMEOUT_MAX)
+        if not isinstance(thread, _Thread) or thread.done.wait(left):
+            thread.join(left)
 
 
 _default: Closer | None = None
