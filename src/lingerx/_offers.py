@@ -108,7 +108,8 @@ def send_and_close(sock: socket.socket, data: Buffer, policy: Policy | None = No
 
     Returns a Report; `unacked` counts the bytes that were never sent too, and `delivered` is False when any
     were dropped. Raises TypeError or ValueError as `close` does, also for a policy without a deadline, data that is
-    not bytes-like and a TLS handshake that is not done; the socket is then untouched. Sources: as `close`; send(2) MSG_MORE, MSG_NOSIGNAL.
+    not bytes-like and a TLS handshake that is not done; the socket is then untouched. Sources: as `close`; send(2)
+    MSG_MORE, MSG_NOSIGNAL.
     """
     raise NotImplementedError
 
