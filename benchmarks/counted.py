@@ -4,7 +4,7 @@
 
 Virtual machines seldom let perf count. But qemu emulates a machine whose clock goes on by one nanosecond with each
 instruction (-icount shift=0): its CPU time in us is thousands of instructions, however busy the real one is. It has one
-core, for server and client, the kernel of Debian's cloud images, and this lingerx. About half an hour.
+core, for server and client, the kernel of Debian's cloud images, and this lingerx. About twelve minutes.
 
 Needs root, Debian, and its Python 3 to be of this Python's version; apt-get install qemu-system-x86 debootstrap cpio.
 """
