@@ -337,17 +337,26 @@ def _start_here(loop: Loop) -> None:
 
 
 class _Thread(threading.Thread):
-    """Knows when it is done. One whose join() was interrupted counts as ended at once in CPython 3.11 (bpo-45274)."""
+    """Can be waited for again after a join() was interrupted: to CPython 3.11 it has ended then (bpo-45274)."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        self.done = threading.Event()
+        # No Event: a signal handler that waits too may come while its thread holds the lock inside of one.
+        self._runs = _thread.allocate_lock()
+        self._runs.acquire()
 
     def run(self) -> None:
         try:
             super().run()
         finally:
-            self.done.set()
+            self._runs.release()
+
+    def ends_within(self, seconds: float) -> bool:
+        """Wait so long; whether it has ended, or is about to."""
+        ended = self._runs.acquire(timeout=seconds)
+        if ended:
+            self._runs.release()
+        return ended
 
 
 def _join(loop: Loop, end: int) -> None:
@@ -355,7 +364,7 @@ def _join(loop: Loop, end: int) -> None:
         thread = loop.thread
     if thread is not None and thread is not threading.current_thread():
         left = min(max(0.0, (end - time.monotonic_ns()) / 1e9 + _CALLBACKS), threading.TIMEOUT_MAX)
-        if not isinstance(thread, _Thread) or thread.done.wait(left):
+        if not isinstance(thread, _Thread) or thread.ends_within(left):
             thread.join(left)
 
 
