@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import ExitStack
@@ -13,7 +14,7 @@ from functools import partial
 
 import pytest
 
-from closers import LONG, MORE_THAN_FITS, CloserMaker, assert_adds_up, linux, nonzero
+from closers import LONG, MORE_THAN_FITS, CloserMaker, assert_adds_up, linux, nonzero, outcomes
 from conformance import facts
 from conftest import open_fds
 from connections import DEADLINE, SMALL_BUFFERS, Ending, PairMaker, identity, still_open, wait_until
@@ -102,6 +103,26 @@ def test_child_has_no_fd_of_the_parents_sockets(closers: CloserMaker, tcp: PairM
     assert closer.join(DEADLINE)
     assert nonzero(closer.stats()) == {Outcome.PEER_CLOSED: 5}
     assert closer.stats().drained == 5 * len(b"the parent reads on")
+
+
+@forks
+@linux
+@threads_fork
+def test_child_has_no_fd_of_sockets_that_were_not_looked_at_yet(closers: CloserMaker, tcp: PairMaker) -> None:
+    """One the thread knows, one it has taken and leaves alone until it has collected again, one it will take then."""
+    collect = 0.4
+    closer = closers(LONG, collect=collect)
+    pairs = [tcp() for _ in range(3)]
+    known = [identity(ours) for ours, _ in pairs]
+    futures = []
+    for ours, _ in pairs:
+        futures.append(closer.submit(ours))
+        time.sleep(collect * 0.75)
+    assert fork_and_look(lambda: (closer.pending, list(map(still_open, known)))) == str((0, [False] * 3))
+    assert all(map(still_open, known))
+    for _, peer in pairs:
+        peer.close()
+    assert outcomes(futures) == [Outcome.PEER_CLOSED] * 3
 
 
 @forks

@@ -147,7 +147,6 @@ cdef class Loop:
     def __dealloc__(self):
         # Owns what is in flight, if the thread could not be started or has left.
         cdef LoopState *s = &self.s
-        cdef Handed *h
         cdef int i
         if not self.enlisted:  # __cinit__ has refused its arguments
             return
@@ -157,17 +156,12 @@ cdef class Loop:
             if s.w.entries[i].fd >= 0:
                 give_up(&s.w.entries[i])
                 Py_XDECREF(s.w.entries[i].kept.parcel)
-        for i in range(s.inbox.size):
-            h = &s.inbox.places[(s.inbox.first + i) % s.inbox.room]
-            lx_linger(h.fd, 0, 0)
-            c_close(h.fd)
-            Py_XDECREF(h.kept.parcel)
+        drop_inbox(&s.taken)
+        drop_inbox(&s.inbox)
         for i in range(s.done.size):
             drop_done(&s.done.places[(s.done.first + i) % s.done.room])
         close_fds(s)
         free_crowd(&s.w)
-        free(s.inbox.places)
-        free(s.spare.places)
         free(s.done.places)
 
     @property
@@ -468,17 +462,29 @@ cdef class Loop:
         for i in range(s.left_size):
             if s.left_entries[i].fd == COPY_IS_CLOSED:
                 Py_XDECREF(s.left_entries[i].kept.parcel)
-        for i in range(s.left_inbox.size):
-            Py_XDECREF(s.left_inbox.places[(s.left_inbox.first + i) % s.left_inbox.room].kept.parcel)
+        drop_inbox(&s.left_taken)
+        drop_inbox(&s.left_inbox)
         for i in range(s.left_done.size):
             drop_done(&s.left_done.places[(s.left_done.first + i) % s.left_done.room])
-        s.left_size = s.left_inbox.size = s.left_done.size = 0
+        s.left_size = s.left_done.size = 0
         free(s.left_entries)
-        free(s.left_inbox.places)
         free(s.left_done.places)
         s.left_entries = NULL
-        s.left_inbox.places = NULL
         s.left_done.places = NULL
+
+
+cdef void drop_inbox(Inbox *box) noexcept:
+    # With what is in it: sockets that are left to the kernel, or in a forked child nothing but their parcels.
+    cdef Handed *h
+    cdef int i
+    for i in range(box.size):
+        h = &box.places[(box.first + i) % box.room]
+        if h.fd >= 0:
+            lx_linger(h.fd, 0, 0)
+            c_close(h.fd)
+        Py_XDECREF(h.kept.parcel)
+    free(box.places)
+    memset(box, 0, sizeof(Inbox))
 
 
 cdef inline void drop_done(const Done *d) noexcept:

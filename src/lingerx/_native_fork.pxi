@@ -56,6 +56,15 @@ cdef void after_fork_in_child() noexcept nogil:
         s = s.following
 
 
+cdef void close_copies(Inbox *box) noexcept nogil:
+    cdef Handed *h
+    cdef int i
+    for i in range(box.size):
+        h = &box.places[(box.first + i) % box.room]
+        c_close(h.fd)
+        h.fd = COPY_IS_CLOSED
+
+
 cdef void start_afresh(LoopState *s) noexcept nogil:
     # The sockets are the parent's: nothing may be asked of them, only the numbers are given back. This may be the
     # child of a program that had other threads: no memory is asked for, and none given back.
@@ -64,15 +73,17 @@ cdef void start_afresh(LoopState *s) noexcept nogil:
         if s.w.entries[i].fd >= 0:
             c_close(s.w.entries[i].fd)
             s.w.entries[i].fd = COPY_IS_CLOSED
-    for i in range(s.inbox.size):
-        c_close(s.inbox.places[(s.inbox.first + i) % s.inbox.room].fd)
+    close_copies(&s.taken)
+    close_copies(&s.inbox)
     close_fds(s)
     s.left_entries = s.w.entries
     s.left_size = s.w.size
+    s.left_taken = s.taken
     s.left_inbox = s.inbox
     s.left_done = s.done
     s.w.entries = NULL
     s.w.size = s.w.room = s.w.alive = s.w.heap_size = s.w.ready_size = s.w.ended_size = 0
+    memset(&s.taken, 0, sizeof(Inbox))
     memset(&s.inbox, 0, sizeof(Inbox))
     memset(&s.done, 0, sizeof(DoneList))
     s.lives += 1

@@ -1,8 +1,9 @@
 # The loop behind Closer, in C: a crowd whose sockets come and go while it runs. Part of _native.pyx.
 #
 # Two sides meet here. The hot side (any thread) pushes a socket that is half-closed already into the inbox. The loop
-# (one thread, without the GIL) takes the whole inbox at once, every few milliseconds, admits what is in it to its
-# crowd, and settles what has ended. A socket's way: push -> inbox -> admit -> turns -> settle -> Done.
+# (one thread, without the GIL) takes the whole inbox at once, every few milliseconds, leaves what is in it alone for as
+# long, admits it to its crowd, and settles what has ended. A socket's way: push -> inbox -> taken -> admit -> turns ->
+# settle -> Done.
 #
 # `lock` guards what both sides touch; it is held for a few stores, and nobody who holds it waits for the GIL or runs
 # Python code. `working` is held by the loop whenever it does not wait. A fork takes both of every loop, by
@@ -86,11 +87,12 @@ cdef struct LoopState:
     int wake[2]
     # under `working`
     Crowd w
-    Inbox spare               # the one that was taken last
+    Inbox taken               # the one that was taken last; its sockets are younger than the crowd's
     int free_slot             # the first of a list through `newer`, or -1
     int oldest, newest        # the ends of the list of those in flight, by age
     long long hurried_to      # the stop_at that they know of
     bint busy
+    bint slept                # before this round, instead of collecting
     # settled when it is made
     int max_pending, on_full
     long long max_buffered, collect
@@ -98,7 +100,7 @@ cdef struct LoopState:
     int lives                 # how often a fork has made it anew
     Entry *left_entries       # with parcels, that wait for somebody with the GIL
     int left_size
-    Inbox left_inbox
+    Inbox left_taken, left_inbox
     DoneList left_done
 
 
@@ -110,7 +112,7 @@ cdef void renew_loop(LoopState *s) noexcept nogil:
     s.entering = 0
     s.mood = WORKS
     s.open = True
-    s.over = s.has_fds = s.has_thread = s.awaited = s.telling = s.expiring = s.busy = False
+    s.over = s.has_fds = s.has_thread = s.awaited = s.telling = s.expiring = s.busy = s.slept = False
     s.stop_at = s.hurried_to = LLONG_MAX
     s.stop_time = 0
     s.wake[0] = s.wake[1] = s.w.edges = s.w.waker = -1
@@ -305,7 +307,7 @@ cdef void expire_marked(LoopState *s) noexcept nogil:
 
 
 cdef void take_inbox(LoopState *s) noexcept nogil:
-    # Into `spare`, when there is room for all of it, which there is afterwards. Returns with `lock`.
+    # Into `taken`, which is empty, when there is room for all of it, which there is afterwards. Returns with `lock`.
     cdef Inbox taken
     cdef int n
     while True:
@@ -316,8 +318,19 @@ cdef void take_inbox(LoopState *s) noexcept nogil:
         pthread_mutex_unlock(&s.lock)
         shed_oldest(s, n)
     taken = s.inbox
-    s.inbox = s.spare
-    s.spare = taken
+    s.inbox = s.taken
+    s.taken = taken
+
+
+cdef void admit_taken(LoopState *s) noexcept nogil:
+    cdef int i
+    for i in range(s.taken.size):
+        admit(s, &s.taken.places[(s.taken.first + i) % s.taken.room])
+    s.taken.first = s.taken.size = 0
+    if s.taken.room > INBOX_TO_KEEP:  # there was a burst
+        free(s.taken.places)
+        s.taken.places = NULL
+        s.taken.room = 0
 
 
 cdef int loop_wait(LoopState *s, unsigned int *places, bint sleeps, bint collects) noexcept nogil:
@@ -344,29 +357,26 @@ cdef int loop_wait(LoopState *s, unsigned int *places, bint sleeps, bint collect
 
 
 cdef int loop_step(LoopState *s) noexcept nogil:
-    # One round: take in, wait, serve.
+    # One round: take in, wait, serve. Those that were taken in wait too: most peers are done by then, and whoever is
+    # looked at earlier has to be looked at twice, and watched by epoll(7) in between.
     cdef unsigned int places[64]
     cdef long long stop_at, stop_time
-    cdef bint tells, sleeps, expiring
-    cdef int i, happened
+    cdef bint tells, sleeps, expiring, at_once
+    cdef int happened
     take_inbox(s)
     stop_at = s.stop_at
     stop_time = s.stop_time
     expiring = s.expiring
     s.expiring = False
+    at_once = s.slept or expiring or not s.open  # nothing else goes on, or somebody waits
     pthread_mutex_unlock(&s.lock)
     if stop_at < s.hurried_to:
         hurry(s, stop_at, stop_time)
-    for i in range(s.spare.size):
-        admit(s, &s.spare.places[(s.spare.first + i) % s.spare.room])
+    s.busy = s.busy or s.taken.size > 0
+    if at_once:
+        admit_taken(s)
     if expiring:
         expire_marked(s)
-    s.busy = s.busy or s.spare.size > 0
-    s.spare.first = s.spare.size = 0
-    if s.spare.room > INBOX_TO_KEEP:  # there was a burst
-        free(s.spare.places)
-        s.spare.places = NULL
-        s.spare.room = 0
     settle(s)
     pthread_mutex_lock(&s.lock)
     tells = has_news(s)
@@ -383,7 +393,10 @@ cdef int loop_step(LoopState *s) noexcept nogil:
     pthread_mutex_lock(&s.lock)
     s.mood = WORKS
     pthread_mutex_unlock(&s.lock)
+    s.slept = sleeps
+    s.busy = happened > 0 or s.taken.size > 0
+    admit_taken(s)
     crowd_serve(&s.w, places, happened)
-    s.busy = happened > 0 or s.w.ended_size > 0
+    s.busy = s.busy or s.w.ended_size > 0
     settle(s)
     return TELL if tells else GO_ON
