@@ -30,7 +30,7 @@ mount -t proc proc /proc; mount -t sysfs sys /sys; mount -t devtmpfs dev /dev; m
 ip link set lo up
 ulimit -n 65536
 echo BEGIN
-cd /benchmarks && python3 http_closer.py --counter cpu --seconds 1 --rounds {rounds} 2>&1
+cd /benchmarks && python3 http_closer.py --counter emulated --seconds 1 --rounds {rounds} 2>&1
 echo END
 poweroff -f
 """
