@@ -111,6 +111,7 @@ include "_native_calls.pxi"
 include "_native_loop.pxi"
 include "_native_inbox.pxi"
 include "_native_fork.pxi"
+include "_native_parcel.pxi"
 include "_native_closer.pxi"
 
 
