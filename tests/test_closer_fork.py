@@ -114,10 +114,10 @@ def test_child_has_no_fd_of_sockets_that_were_not_looked_at_yet(closers: CloserM
     closer = closers(LONG, collect=collect)
     pairs = [tcp() for _ in range(3)]
     known = [identity(ours) for ours, _ in pairs]
-    futures = []
-    for ours, _ in pairs:
-        futures.append(closer.submit(ours))
+    futures = [closer.submit(pairs[0][0])]
+    for ours, _ in pairs[1:]:
         time.sleep(collect * 0.75)
+        futures.append(closer.submit(ours))
     assert fork_and_look(lambda: (closer.pending, list(map(still_open, known)))) == str((0, [False] * 3))
     assert all(map(still_open, known))
     for _, peer in pairs:

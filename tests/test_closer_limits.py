@@ -169,6 +169,20 @@ def test_flooding_peer_delays_nobody(closers: CloserMaker, engine_name: str, tcp
         assert future.result(0).drained > 0
 
 
+def test_hundreds_that_are_done_at_once_wait_for_one_collecting_only(closers: CloserMaker, unix_pair: PairMaker) -> None:
+    """However many events the loop takes from the kernel in one go."""
+    collect = 0.3
+    closer = closers(LONG, collect=collect)
+    make_room_for(1000)
+    pairs = [unix_pair() for _ in range(400)]
+    closer.close_all(ours for ours, _ in pairs)
+    time.sleep(3 * collect)  # now all of them are watched
+    for _, peer in pairs:
+        peer.close()
+    assert closer.join(4 * collect)
+    assert nonzero(closer.stats()) == {Outcome.PEER_CLOSED: 400}
+
+
 # Nothing to do --------------------------------------------------------------------------------------------
 
 

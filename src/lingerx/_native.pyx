@@ -69,7 +69,7 @@ cdef extern from "_platform.h" nogil:
     int lx_option(int fd, int option, int *value)
     int lx_poll(pollfd *fds, int n, long long ns)
     int lx_edge_open()
-    int lx_edge_add(int waiter, int fd, unsigned int place)
+    int lx_edge_watch(int waiter, int fd, unsigned int place, int output)
     int lx_edge_add_waker(int waiter, int fd, unsigned int place)
     int lx_edge_wait(int waiter, unsigned int *places, int most, long long ns)
     int lx_wake_open(int *fds)

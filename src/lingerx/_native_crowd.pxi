@@ -26,6 +26,7 @@ cdef struct Crowd:
 cdef enum:
     WAKER = 0x7fffffff    # stands for the waker where entries are numbered
     TOLD_AT_MOST = 2      # how often an entry may stand in `ended` at the same time
+    EVENTS_AT_ONCE = 64   # that are taken from the kernel in one round
     SERVED_AT_ONCE = 256  # whose time has come, and who yielded, in one round: a guess at a few milliseconds
 
 # How long to wait for the waker alone, ns: nobody sees one wake-up in eleven days, and more is too much for poll(2).
@@ -152,16 +153,20 @@ cdef void crowd_turn(Crowd *w, int i, int seen, long long amount) noexcept nogil
     cdef Entry *e = &w.entries[i]
     cdef bint sending = e.c.unsent > 0
     cdef int action = turn(e, seen, amount, lx_now())
+    cdef int watch
     if sending and e.c.unsent == 0 and action < m.CLOSE and w.ended:
         w.ended[w.ended_size] = ~i
         w.ended_size += 1
     if action == m.WAIT:
-        if w.edges >= 0 and not e.c.watched:
+        # Room for output is an event too, and there is room after a half-close: only for those that want to hear it.
+        watch = WATCHED_FOR_INPUT if e.c.wants == m.FOR_INPUT else WATCHED
+        if w.edges >= 0 and e.c.watched < watch:
             # Whatever happened before it was added is reported at once: nothing can be missed.
-            e.c.watched = lx_edge_add(w.edges, e.fd, i) == 0
-            if not e.c.watched and errno == EBADF:
+            if lx_edge_watch(w.edges, e.fd, i, watch == WATCHED) == 0:
+                e.c.watched = watch
+            elif errno == EBADF:
                 e.c.wake_at = 0  # one of the two is gone: the next look, or the next wait, knows which
-            elif not e.c.watched:
+            else:
                 crowd_without_edges(w)
         heap_set(w, i)
         return
@@ -225,15 +230,15 @@ cdef long long crowd_patience(Crowd *w) noexcept nogil:
 
 
 cdef int crowd_wait(Crowd *w, unsigned int *places, long long ns) noexcept nogil:
-    # Wait up to ns for something to happen; returns to how many (at most 64), or -1 for EINTR.
+    # Wait up to ns for something to happen; returns to how many (at most EVENTS_AT_ONCE), or -1 for EINTR.
     cdef int n, k
     if w.edges >= 0:
-        n = lx_edge_wait(w.edges, places, 64, ns)
+        n = lx_edge_wait(w.edges, places, EVENTS_AT_ONCE, ns)
         if n >= 0 or errno == EINTR:
             return n
         crowd_without_edges(w)  # somebody has closed our epoll descriptor
         return 0
-    n = poll_crowd(w, places, 64, ns)
+    n = poll_crowd(w, places, EVENTS_AT_ONCE, ns)
     if n >= 0 or errno == EINTR:
         return n
     # poll(2) refuses (more sockets than RLIMIT_NOFILE, ENOMEM): look at all of them, but not often.
@@ -265,7 +270,7 @@ cdef void crowd_serve(Crowd *w, const unsigned int *places, int n) noexcept nogi
 
 cdef int crowd_round(Crowd *w) noexcept nogil:
     # Wait for the next thing to happen, and serve. Returns 0, or EINTR.
-    cdef unsigned int places[64]
+    cdef unsigned int places[EVENTS_AT_ONCE]
     cdef int n = crowd_wait(w, places, crowd_patience(w))
     if n < 0:
         return EINTR

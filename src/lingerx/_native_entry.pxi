@@ -10,8 +10,11 @@ cdef struct Kept:          # what few entries need, and what many may share; who
     unsigned char expires  # somebody wants it to end now; by `lx_mark`
 
 
+cdef enum:  # for what epoll watches an entry
+    UNWATCHED, WATCHED_FOR_INPUT, WATCHED
+
 # A closer has thousands of entries, and promises 128 bytes for each: 120 here, 4 in the heap. Of the machine's
-# record `family` (LX_TCP, LX_LOCAL, LX_OTHER) and `watched` (its crowd's epoll knows it) are ours.
+# record `family` (LX_TCP, LX_LOCAL, LX_OTHER) and `watched` (by its crowd's epoll) are ours.
 cdef struct Entry:
     m.Closing c
     Kept *kept
@@ -26,7 +29,7 @@ cdef void open_entry(Entry *e, int fd, int family, const Terms *t, Kept *kept, l
     m.begin(&e.c, m.DRAINING if t.kind == KIND_DRAIN else m.FLUSHING, t.timeout, t.idle, t.max_bytes, t.abort,
             t.short, unsent, family == LX_LOCAL, polled, now)
     e.c.family = family
-    e.c.watched = False
+    e.c.watched = UNWATCHED
     e.kept = kept
     e.fd = fd
     e.place = -1

@@ -93,6 +93,7 @@ cdef struct LoopState:
     long long hurried_to      # the stop_at that they know of
     bint busy
     bint slept                # before this round, instead of collecting
+    bint backlog              # more may have happened than was told in one go
     # settled when it is made
     int max_pending, on_full
     long long max_buffered, collect
@@ -112,7 +113,8 @@ cdef void renew_loop(LoopState *s) noexcept nogil:
     s.entering = 0
     s.mood = WORKS
     s.open = True
-    s.over = s.has_fds = s.has_thread = s.awaited = s.telling = s.expiring = s.busy = s.slept = False
+    s.over = s.has_fds = s.has_thread = s.awaited = s.telling = s.expiring = s.busy = s.backlog = False
+    s.slept = True
     s.stop_at = s.hurried_to = LLONG_MAX
     s.stop_time = 0
     s.wake[0] = s.wake[1] = s.w.edges = s.w.waker = -1
@@ -359,16 +361,17 @@ cdef int loop_wait(LoopState *s, unsigned int *places, bint sleeps, bint collect
 cdef int loop_step(LoopState *s) noexcept nogil:
     # One round: take in, wait, serve. Those that were taken in wait too: most peers are done by then, and whoever is
     # looked at earlier has to be looked at twice, and watched by epoll(7) in between.
-    cdef unsigned int places[64]
+    cdef unsigned int places[EVENTS_AT_ONCE]
     cdef long long stop_at, stop_time
-    cdef bint tells, sleeps, expiring, at_once
+    cdef bint tells, sleeps, collects, expiring, urgent, at_once
     cdef int happened
     take_inbox(s)
     stop_at = s.stop_at
     stop_time = s.stop_time
     expiring = s.expiring
     s.expiring = False
-    at_once = s.slept or expiring or not s.open  # nothing else goes on, or somebody waits
+    # Nothing else goes on, somebody waits, or there may be no room soon.
+    at_once = s.slept or expiring or not s.open or s.ledger.pending > s.max_pending // 4
     pthread_mutex_unlock(&s.lock)
     if stop_at < s.hurried_to:
         hurry(s, stop_at, stop_time)
@@ -384,16 +387,19 @@ cdef int loop_step(LoopState *s) noexcept nogil:
         end_loop(s)
         pthread_mutex_unlock(&s.lock)
         return OVER
-    sleeps = not tells and not s.busy and not s.expiring and s.inbox.size == 0
-    s.mood = WORKS if tells else SLEEPS if sleeps else COLLECTS
+    urgent = s.expiring or s.stop_at < s.hurried_to  # by now: nobody was woken for it
+    sleeps = not tells and not s.busy and not urgent and s.inbox.size == 0
+    collects = not tells and not sleeps and not urgent and not s.backlog
+    s.mood = SLEEPS if sleeps else COLLECTS if collects else WORKS
     pthread_mutex_unlock(&s.lock)
     pthread_mutex_unlock(&s.working)
-    happened = loop_wait(s, places, sleeps, not sleeps and not tells)
+    happened = loop_wait(s, places, sleeps, collects)
     pthread_mutex_lock(&s.working)
     pthread_mutex_lock(&s.lock)
     s.mood = WORKS
     pthread_mutex_unlock(&s.lock)
     s.slept = sleeps
+    s.backlog = happened == EVENTS_AT_ONCE
     s.busy = happened > 0 or s.taken.size > 0
     admit_taken(s)
     crowd_serve(&s.w, places, happened)

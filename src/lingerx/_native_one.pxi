@@ -42,7 +42,7 @@ cdef int wait_for_one(Entry *e, Waiter *w) noexcept nogil:
     cdef bint by_edge = (e.c.wants & m.FOR_ACK) or w.stuck
     if by_edge and w.edges < 0 and not e.c.polled:
         w.edges = lx_edge_open()
-        if w.edges >= 0 and lx_edge_add(w.edges, e.fd, 0) != 0:
+        if w.edges >= 0 and lx_edge_watch(w.edges, e.fd, 0, True) != 0:
             c_close(w.edges)
             w.edges = -1
         if w.edges < 0:

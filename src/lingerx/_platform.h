@@ -268,18 +268,19 @@ static inline int lx_edge_open(void) {
 #endif
 }
 
-static inline int lx_edge_add(int waiter, int fd, unsigned int place) {
+static inline int lx_edge_watch(int waiter, int fd, unsigned int place, int output) {
 #ifdef __linux__
     struct epoll_event event;
     memset(&event, 0, sizeof event);
-    event.events = EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLET;
+    event.events = EPOLLIN | EPOLLRDHUP | EPOLLET | (output ? EPOLLOUT : 0);
     event.data.u32 = place;
     if (epoll_ctl(waiter, EPOLL_CTL_ADD, fd, &event) == 0)
         return 0;
-    /* EEXIST: a socket with this number was closed before, and a copy of it keeps it in the set (epoll(7)). */
+    /* EEXIST: it was watched for input alone; or a socket with this number was closed before, and a copy of it keeps it
+     * in the set (epoll(7)). */
     return errno == EEXIST ? epoll_ctl(waiter, EPOLL_CTL_MOD, fd, &event) : -1;
 #else
-    (void)waiter, (void)fd, (void)place;
+    (void)waiter, (void)fd, (void)place, (void)output;
     errno = ENOSYS;
     return -1;
 #endif

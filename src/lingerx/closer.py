@@ -67,8 +67,8 @@ class Closer:
     max_buffered: bytes that are kept at most for data which the kernel has not taken yet (`send_and_close`). A
         socket whose data does not fit any more is itself SHED, by a plain close or, with "abort_oldest", by RST.
     collect: seconds for which the thread, when it is busy, collects before it looks. A socket that has just come is
-        looked at after one or two of them, when most peers are done: how late it may be noticed that one is done, or
-        at its limits. When nothing happens the thread sleeps.
+        looked at after two of them at most, for by then most peers are done: so late it may be noticed that one is
+        done, or at its limits. When nothing happens the thread sleeps.
     exit_timeout: seconds that sockets in flight get when the interpreter exits, and from `shutdown` by default.
     name: of the thread.
 

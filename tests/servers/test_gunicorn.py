@@ -226,7 +226,9 @@ class LeavesNoFd(Gunicorn):
     def test_worker_has_as_many_fds_as_before(self, loopback: Link) -> None:
         with self.serve(loopback) as served:
             pid = served.process.process.pid
-            [worker] = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+            children = Path(f"/proc/{pid}/task/{pid}/children")
+            wait_until(lambda: children.read_text() != "")  # the master listens before it forks
+            [worker] = children.read_text().split()
 
             def sockets() -> int:
                 found = 0
