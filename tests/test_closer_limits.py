@@ -169,7 +169,7 @@ def test_flooding_peer_delays_nobody(closers: CloserMaker, engine_name: str, tcp
         assert future.result(0).drained > 0
 
 
-def test_hundreds_that_are_done_at_once_wait_for_one_collecting_only(closers: CloserMaker, unix_pair: PairMaker) -> None:
+def test_hundreds_that_are_done_at_once_wait_for_one_collecting(closers: CloserMaker, unix_pair: PairMaker) -> None:
     """However many events the loop takes from the kernel in one go."""
     collect = 0.3
     closer = closers(LONG, collect=collect)
