@@ -13,6 +13,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from itertools import count
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -323,6 +324,8 @@ def test_what_holds_no_sockets(closers: CloserMaker) -> None:
         ({"exit_timeout": -1}, ValueError),
         ({"exit_timeout": "3"}, TypeError),
         ({"exit_timeout": None}, TypeError),
+        ({"name": None}, TypeError),
+        ({"name": b"closer"}, TypeError),
         ({"exit_timeout": float("nan")}, ValueError),
         ({"unknown": 1}, TypeError),
     ],
@@ -410,6 +413,19 @@ def test_closer_that_never_had_a_thread_is_shut_down(
         assert closer.shutdown().handed_over == 0
     with pytest.raises(RuntimeError, match="shut down"):
         closer.close(ours)
+    assert_usable(ours, peer)
+
+
+def test_threads_are_greenlets(closers: CloserMaker, tcp: PairMaker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """eventlet's, of which there is none here: only the question to it is answered."""
+    closer = closers(LONG)
+    ours, peer = tcp()
+    eventlet = ModuleType("eventlet.patcher")
+    vars(eventlet)["is_monkey_patched"] = lambda module: module == "thread"
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, eventlet.__name__, eventlet)
+        with pytest.raises(RuntimeError, match="greenlets"):
+            closer.close(ours)
     assert_usable(ours, peer)
 
 

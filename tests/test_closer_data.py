@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import gc
+import os
 import socket
 import sys
 import weakref
@@ -121,6 +122,31 @@ def test_data_for_a_socket_that_is_closed_already(closers: CloserMaker, tcp: Pai
     assert closer.send_and_close(ours, b"answer") is False
     report = closer.submit(ours, data=b"answer").result(0)
     assert (report.outcome, report.unacked, report.delivered) == (Outcome.ALREADY_CLOSED, 6, False)
+
+
+def closed_elsewhere(ours: socket.socket, _: socket.socket) -> None:
+    os.close(ours.fileno())
+
+
+def half_closed(ours: socket.socket, _: socket.socket) -> None:
+    ours.shutdown(socket.SHUT_WR)
+
+
+@pytest.mark.parametrize("before", [closed_elsewhere, half_closed, lambda _, peer: reset(peer)], ids=str)
+def test_nothing_can_be_sent_any_more(
+    closers: CloserMaker, tcp: PairMaker, before: Callable[[socket.socket, socket.socket], None]
+) -> None:
+    closer = closers()
+    ours, peer = tcp()
+    before(ours, peer)
+    assert closer.send_and_close(ours, b"answer") is False
+    assert ours.fileno() == -1
+
+
+def test_was_never_connected(closers: CloserMaker) -> None:
+    closer = closers()
+    assert closer.send_and_close(socket.socket(), b"answer") is False
+    assert closer.send_and_close(socket.socket(), b"") is True
 
 
 def test_peer_has_reset_before_we_send(closers: CloserMaker, tcp: PairMaker) -> None:

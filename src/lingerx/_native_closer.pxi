@@ -124,8 +124,8 @@ cdef class Loop:
         self.start(self)
         return 0
 
-    cdef Report hand_over(self, object sock, object policy, object data, object future):
-        # Returns the Report when the socket is closed already, else None.
+    cdef Report hand_over(self, object sock, object policy, object data, object future, bint *lost):
+        # Returns the Report when the socket is closed already, else None. lost: whether some of `data` is known to be.
         cdef Handed h
         cdef Parcel parcel = None
         cdef Report report
@@ -167,13 +167,13 @@ cdef class Loop:
         except BaseException:
             self.leave()
             raise
-        report = self.deliver(&h, parcel, type(data) is bytes)
+        report = self.deliver(&h, parcel, type(data) is bytes, lost)
         if report is not None and parcel is not None:
             parcel.future = None  # its caller tells it
             parcel.let_go()
         return report
 
-    cdef Report deliver(self, Handed *h, Parcel parcel, bint by_reference):
+    cdef Report deliver(self, Handed *h, Parcel parcel, bint by_reference, bint *lost):
         # Owns h.fd. Nothing in here can raise before it has changed hands.
         cdef Handed instead
         cdef Done mine
@@ -186,7 +186,7 @@ cdef class Loop:
         if h.fd < 0 or h.terms.kind < KIND_FLUSH:
             return self.close_at_once(h)
         if h.unsent > 0:
-            send_some(h, parcel, by_reference)
+            lost[0] = not send_some(h, parcel, by_reference)
             if h.unsent == 0 or parcel.copy:
                 PyBuffer_Release(&parcel.view)  # its owner may want to change it
         if h.unsent == 0:
@@ -409,17 +409,20 @@ cdef class Intake:
         self.loop.stop(-1)
 
     def close(self, sock, policy=None):
-        self.loop.hand_over(sock, policy, None, None)
+        cdef bint lost = False
+        self.loop.hand_over(sock, policy, None, None, &lost)
 
     def send_and_close(self, sock, data, policy=None):
         cdef Report report
+        cdef bint lost = False
         if data is None:
             _arguments.check_data(data)  # which refuses it
-        report = self.loop.hand_over(sock, policy, data, None)
-        return report is None or not report._lost
+        report = self.loop.hand_over(sock, policy, data, None, &lost)
+        return not lost and (report is None or not report._lost)
 
     def submit(self, future, sock, data, policy):
-        return self.loop.hand_over(sock, policy, data, future)
+        cdef bint lost = False
+        return self.loop.hand_over(sock, policy, data, future, &lost)
 
     def expire(self, future):
         self.loop.expire(future)

@@ -51,21 +51,23 @@ cdef int tell(Parcel parcel, const Done *d) except -1:
     return 0
 
 
-cdef void send_some(Handed *h, Parcel parcel, bint by_reference) noexcept nogil:
+cdef bint send_some(Handed *h, Parcel parcel, bint by_reference) noexcept nogil:
     # Borrows h.fd. What the kernel takes at once; the rest is kept, by reference only when nobody can change it.
+    # False when it can take nothing any more.
     cdef const char *data = <const char *> parcel.view.buf
     cdef long long amount = 0
     # MSG_MORE: the FIN of the half-close rides on the last segment.
     cdef ssize_t n = send(h.fd, data, h.unsent, MSG_DONTWAIT | MSG_NOSIGNAL | MSG_MORE)
+    cdef bint goes_on = n >= 0 or errno == EAGAIN or errno == EINTR
     if n > 0:
         h.unsent -= n
         data += n
-    elif n < 0 and errno != EAGAIN and errno != EINTR and errno != EPIPE:
+    elif not goes_on and errno != EPIPE:
         # An error of the connection is told only once. (EPIPE is told again, and the next send knows what it means.)
         h.seen = trouble(errno, &amount)
         h.error = amount
     if h.unsent == 0:
-        return
+        return True
     parcel.kept.rest = data + h.unsent
     parcel.kept.held = parcel.view.len if by_reference else h.unsent
     if not by_reference:
@@ -75,6 +77,7 @@ cdef void send_some(Handed *h, Parcel parcel, bint by_reference) noexcept nogil:
             parcel.kept.rest = parcel.copy + h.unsent
         else:
             parcel.kept.held = LLONG_MAX // 2  # no memory is as good as no room
+    return goes_on
 
 
 cdef void drop_inbox(Inbox *box) noexcept:

@@ -119,8 +119,10 @@ class Loop:
 
     def hand_over(
         self, sock: socket.socket, policy: Policy | None, data: memoryview | None, future: Future[Report] | None
-    ) -> Report | None:
-        """Owns, once the arguments are checked. Returns the Report when the socket is closed already."""
+    ) -> tuple[Report | None, bool]:
+        """Owns, once the arguments are checked. Returns the Report when the socket is closed already, and whether some
+        of `data` is known to be lost.
+        """
         policy = self._policy if policy is None else policy
         _arguments.check_policy(policy, deadline=data is not None, blocking=False)
         c = Handed(sock, _arguments.check_socket(sock), policy, data or NOTHING, self._accounts.let_go)
@@ -132,7 +134,8 @@ class Loop:
                 raise RuntimeError("this closer was shut down; the socket is untouched")
             if self.thread is None:
                 self._start(self)
-            return self._take_over(c, future)
+            report = self._take_over(c, future)
+            return report, c.dropped or (report is not None and report.delivered is False)
         finally:
             self._passing.pop(c, None)
 
@@ -427,13 +430,14 @@ class Intake:
         self._loop.hand_over(sock, policy, None, None)
 
     def send_and_close(self, sock: socket.socket, data: Buffer, policy: Policy | None = None) -> bool:
-        report = self._loop.hand_over(sock, policy, _arguments.check_data(data), None)
-        return report is None or report.delivered is not False
+        _, lost = self._loop.hand_over(sock, policy, _arguments.check_data(data), None)
+        return not lost
 
     def submit(
         self, future: Future[Report], sock: socket.socket, data: Buffer | None, policy: Policy | None
     ) -> Report | None:
-        return self._loop.hand_over(sock, policy, None if data is None else _arguments.check_data(data), future)
+        report, _ = self._loop.hand_over(sock, policy, None if data is None else _arguments.check_data(data), future)
+        return report
 
     def expire(self, future: Future[Report]) -> None:
         self._loop.expire(future)

@@ -38,7 +38,7 @@ class Handed(Closing):
     let_go: told when nothing is left to be sent.
     """
 
-    __slots__ = ("accepted", "amount", "expires", "future", "held", "let_go", "seen")
+    __slots__ = ("accepted", "amount", "dropped", "expires", "future", "held", "let_go", "seen")
 
     def __init__(
         self, sock: socket.socket, fd: int, policy: Policy, data: memoryview, let_go: Callable[[Handed], None]
@@ -49,6 +49,7 @@ class Handed(Closing):
         self.future: Future[Report] | None = None
         self.expires = False  # somebody wants it to end now
         self.held = 0  # bytes, counted against max_buffered
+        self.dropped = False  # the kernel can take no more of them
         self.seen, self.amount = m.BEGUN, 0  # what the hot side has to tell the machine
 
     def half_close(self) -> None:
@@ -60,6 +61,7 @@ class Handed(Closing):
         except BlockingIOError:
             pass
         except OSError as trouble:
+            self.dropped = True
             if trouble.errno != errno.EPIPE:  # which stays, so that the loop meets it too; others are told once
                 self.seen, self.amount = self.explain(m.SEND, trouble.errno or errno.EIO)
         if self.data:

@@ -100,6 +100,8 @@ class Closer:
         _arguments.check_policy(policy, blocking=False)
         if on_full not in ON_FULL:
             raise ValueError(f"on_full is one of {', '.join(map(repr, ON_FULL))}; got {on_full!r}")
+        if not isinstance(name, str):
+            raise TypeError(f"name is a string; got {name!r}")
         loop = self._engine_loop(
             policy,
             _half_of_all_fds() if max_pending is None else _arguments.check_count("max_pending", max_pending),
@@ -109,7 +111,7 @@ class Closer:
             _start,
         )
         loop.exit_timeout = seconds_to_ns("exit_timeout", exit_timeout)
-        loop.name = str(name)
+        loop.name = name
         with _listing:
             _loops.add(loop)
         self._loop = loop
@@ -141,7 +143,8 @@ class Closer:
             reference while they are being sent, anything else is copied. policy: Drain or Flush; None for the closer's.
 
         Returns True when all of `data` was taken, by the kernel or by the closer; False when some of it was dropped:
-        there was no room (`max_pending` with on_full="background", `max_buffered`), or the socket was closed already.
+        there was no room (`max_pending` with on_full="background", `max_buffered`), or nothing could be sent: the
+        socket was closed already, not connected, or half-closed, or the peer has reset it.
 
         Raises as `close` does, and ValueError for an ssl.SSLSocket (call its sendall, then `close`) and for a
         policy without a deadline; TypeError for data that is not bytes-like. The socket is then untouched.
@@ -182,7 +185,7 @@ class Closer:
         future: from `submit` of this closer. It gets its Report as ever, mostly TIMED_OUT; one that is done stays as
         it is. For callers that have stopped waiting (a task that was cancelled) and want the fd back.
 
-        Raises TypeError for what is no Future, ValueError for one that is not this closer's.
+        Raises TypeError for what is no Future, ValueError for one that is not done and not this closer's.
         """
         from concurrent.futures import Future
 
@@ -288,11 +291,12 @@ _being_started: list[Loop] = []
 
 
 def _start(loop: Loop) -> None:
-    monkey: Any = sys.modules.get("gevent.monkey")
-    if monkey is not None and monkey.is_module_patched("_thread"):
+    gevent: Any = sys.modules.get("gevent.monkey")
+    eventlet: Any = sys.modules.get("eventlet.patcher")
+    if (gevent and gevent.is_module_patched("_thread")) or (eventlet and eventlet.is_monkey_patched("thread")):
         raise RuntimeError(
-            "gevent makes greenlets of threads here, and a closer's would hold up all others: "
-            "use lingerx.gevent.Closer; the socket is untouched"
+            "gevent or eventlet makes greenlets of threads here, and a closer's would hold up all others: "
+            "with gevent use lingerx.gevent.Closer; the socket is untouched"
         )
     # By a thread of its own: a signal handler that raises in the middle of Thread.start would leave nobody knows what
     # behind, and handlers run in the main thread only. (The call below has happened, or it has not.)
