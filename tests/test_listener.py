@@ -167,11 +167,19 @@ def test_closer_was_shut_down(connect: Callable[..., Pair], closer: Closer) -> N
     assert peer.recv(1) == b""
 
 
-def test_policy_that_the_closer_refuses(connect: Callable[..., Pair], closer: Closer) -> None:
+@pytest.mark.parametrize(
+    ("policy", "wait", "said"),
+    [(KernelLinger(1), False, "would block"), (Drain, False, r"write Drain\(\)"), (10.0, True, "policy is one of")],
+)
+def test_policy_that_cannot_be_used(
+    connect: Callable[..., Pair], closer: Closer, policy: Any, wait: bool, said: str
+) -> None:
+    """A class is refused when it is made; with an object it is too late for an error, but not for a word."""
     ours, peer = connect()
     assert isinstance(ours, LingerSocket)
-    ours.policy = KernelLinger(1)
-    ours.close()
+    ours.policy, ours.wait = policy, wait
+    with pytest.warns(RuntimeWarning, match=f"closed plainly: .*{said}"):
+        ours.close()
     assert (peer.recv(1), closer.stats().handed_over) == (b"", 0)
 
 

@@ -10,6 +10,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from ._arguments import check_data
+from ._terms import warn_of_terms
 from .closer import Closer, default_closer
 from .policy import Drain, Flush, Policy
 from .report import Outcome, Report
@@ -60,7 +61,10 @@ def hand_over(
             return closer.send_and_close(sock, data, policy)
         closer.close(sock, policy)
         return True
-    except (TypeError, ValueError, RuntimeError, OSError):
+    except (TypeError, ValueError):
+        warn_of_terms(policy, closer, False)
+        return False
+    except (RuntimeError, OSError):
         return False
     finally:
         sock.close()  # nothing, when the closer has it

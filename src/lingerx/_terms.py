@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import os
 import socket
-from contextlib import suppress
+import warnings
 
 from ._arguments import check_policy
 from ._engine import close
 from .closer import Closer, default_closer
 from .policy import Policy
 
-__all__ = ["Terms", "came_of_a_fork_since", "check_terms", "has_forked_since", "last_fork"]
+__all__ = ["Terms", "came_of_a_fork_since", "check_terms", "has_forked_since", "last_fork", "warn_of_terms"]
 
 
 def check_terms(policy: object, closer: object, wait: bool) -> None:
@@ -25,6 +25,17 @@ def check_terms(policy: object, closer: object, wait: bool) -> None:
         raise TypeError(f"closer is a lingerx.Closer, or None for the default one; got {closer!r}")
     if closer is not None and wait:
         raise ValueError("with wait=True the thread that closes lingers itself, without a closer: pass one of the two")
+
+
+def warn_of_terms(policy: object, closer: object, wait: bool) -> None:
+    """Where a close may raise nothing: a warning if these terms, which were set on an object, are wrong.
+
+    Else it was the socket with which nobody can linger, and there is nothing to say.
+    """
+    try:
+        check_terms(policy, None if wait else closer, wait)  # who has forked waits in spite of a closer
+    except (TypeError, ValueError) as error:
+        warnings.warn(f"a connection was closed plainly: {error}", RuntimeWarning, stacklevel=3)
 
 
 class Terms:
@@ -49,11 +60,16 @@ class Terms:
     def _linger(self, sock: socket.socket, wait: bool) -> None:
         # Owns, or leaves `sock` untouched where nobody can linger: no stream, no thread or fd left for a closer, or
         # one that was shut down, be it at exit. Then the plain close that comes next has to do.
-        with suppress(TypeError, ValueError, RuntimeError, OSError):
-            if wait or self.wait:
+        wait = wait or self.wait
+        try:
+            if wait:
                 close(sock, self.policy)
             else:
                 (default_closer() if self.closer is None else self.closer).close(sock, self.policy)
+        except (TypeError, ValueError):
+            warn_of_terms(self.policy, self.closer, wait)
+        except (RuntimeError, OSError):
+            pass
 
 
 # Forks ----------------------------------------------------------------------------------------------------
