@@ -312,6 +312,38 @@ def test_plain_close_is_under_way(run: Runner, closer: Closer, tcp: PairMaker) -
     assert (report.outcome, report.delivered) == (Outcome.TIMED_OUT, False)
 
 
+def test_plain_close_is_under_way_and_is_to_go_on(run: Runner, closer: Closer, tcp: PairMaker) -> None:
+    ours, peer = tcp(**SMALL_BUFFERS)
+
+    async def main() -> tuple[Report, Ending]:
+        transport = await open_over(ours, Opened())
+        transport.write(MORE_THAN_FITS)
+        transport.close()
+        report = await aclose(transport, Background(), closer=closer)
+        return report, await asyncio.to_thread(read_to_end, peer)
+
+    report, ending = run(main())
+    assert report.outcome is Outcome.BACKGROUND
+    assert ending == Ending(len(MORE_THAN_FITS), None)
+
+
+def test_pipes_are_refused(run: Runner) -> None:
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        reads, writes = os.pipe()
+        with os.fdopen(reads, "rb") as source, os.fdopen(writes, "wb") as sink:
+            into, _ = await loop.connect_write_pipe(asyncio.BaseProtocol, sink)
+            out, _ = await loop.connect_read_pipe(asyncio.Protocol, source)
+            for transport in (into, out):
+                with pytest.raises(TypeError):
+                    await aclose(transport)
+                assert not transport.is_closing()
+                transport.close()
+            await asyncio.sleep(0)
+
+    run(main())
+
+
 def test_wrong_arguments_leave_the_connection_alone(run: Runner, closer: Closer, tcp: PairMaker) -> None:
     ours, peer = tcp()
 

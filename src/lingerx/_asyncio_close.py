@@ -163,7 +163,10 @@ class Closing(asyncio.Protocol):
             self._drop()
         elif transport.is_closing():  # somebody's close is under way, or an abort, which has dropped who knows what
             self._parting, self._known = True, False
-            self._tick()
+            if self._lingers:
+                self._tick()
+            else:
+                self._say(Report(Outcome.BACKGROUND))
         elif not self._lingers:
             self._parting = True
             transport.close()
@@ -374,6 +377,8 @@ def socket_of(transport: Any) -> Any:
     ended = transport.is_closing() or (_TELLS_FOR_BELOW and transport.get_extra_info("sslcontext") is not None)
     if sock is None and not ended:
         raise TypeError(f"there is no socket under this transport, so no peer to linger for: {transport!r}")
+    if transport.get_extra_info("pipe") is not None:  # uvloop shows a socket for that too
+        raise TypeError(f"this is a pipe's transport, where there is no peer to linger for: {transport!r}")
     if sock is None or sock.fileno() < 0:
         raise OSError(errno.EBADF, "the transport is closed")
     if sock.type != socket.SOCK_STREAM:

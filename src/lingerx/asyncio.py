@@ -41,9 +41,11 @@ async def aclose(
         after a plain close; so it does with Background and TLS.
     closer: where it lingers; None for `default_closer()`. Where it was shut down, this is a plain close.
 
-    Returns a Report, when the fd is closed; what is closed or closing already is ALREADY_CLOSED. At a limit, what the
-    kernel has not taken is dropped: `delivered` is then False. Where no fd is left for the copy that lingers, the close
-    after the last byte is a plain one: BACKGROUND, with `error` EMFILE. Cancelled: the connection is closed at once.
+    Returns a Report, when the fd is closed; what is closed, or being closed by lingerx, is ALREADY_CLOSED. A plain
+    close() that is under way is waited for, and nobody knows then what it dropped: `delivered` is None at best. At a
+    limit, what the kernel has not taken is dropped: `delivered` is then False. Where no fd is left for the copy that
+    lingers, the close after the last byte is a plain one: BACKGROUND, with `error` EMFILE. Cancelled: the connection is
+    closed at once. The policy and closer of a LingeringTransport are not used here: pass them again.
 
     Raises TypeError or ValueError, with the connection untouched, for what is none of these and for a wrong policy.
 
