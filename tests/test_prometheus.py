@@ -215,6 +215,14 @@ def test_a_collector_that_was_unregistered_meanwhile(registry: CollectorRegistry
     assert values(registry)["lingerx_closer_pending_sockets", "default"] == 5
 
 
+def test_a_collector_whose_names_somebody_else_has_by_now(registry: CollectorRegistry) -> None:
+    first, second = MadeUp(), MadeUp()
+    registry.unregister(register(as_closer(first), registry=registry))
+    registry.register(CloserCollector())
+    with pytest.raises(ValueError, match="Duplicated timeseries"):
+        register(as_closer(second), "second", registry)
+
+
 def test_a_collector_that_somebody_else_registered(registry: CollectorRegistry) -> None:
     first, second = MadeUp(), MadeUp()
     collector = CloserCollector(as_closer(first))

@@ -20,9 +20,9 @@ from lingerx.wsgi import LingeringMiddleware
 from peers import read_to_end, send_unread
 from refusals import PAGE, serving
 
-SYNC = {"wsgi.multithread": False, "SERVER_PROTOCOL": "HTTP/1.1"}
+SYNC = {"wsgi.multithread": False, "wsgi.multiprocess": False, "SERVER_PROTOCOL": "HTTP/1.1"}
 """What gunicorn's sync worker says."""
-THREADS = {"wsgi.multithread": True, "SERVER_PROTOCOL": "HTTP/1.1"}
+THREADS = {"wsgi.multithread": True, "wsgi.multiprocess": False, "SERVER_PROTOCOL": "HTTP/1.1"}
 
 
 @pytest.fixture
@@ -91,6 +91,18 @@ def test_werkzeug_closes_always(closer: Closer, tcp: PairMaker) -> None:
     ours, _ = tcp()
     serve(LingeringMiddleware(app, closer=closer), THREADS, ours, "werkzeug.socket")
     assert closer.stats().handed_over == 1
+
+
+def test_child_of_werkzeug_s_forking_server_waits_itself(closer: Closer, tcp: PairMaker) -> None:
+    """It leaves by os._exit right after the answer."""
+    ours, peer = tcp()
+    known = identity(ours)
+    peer.shutdown(socket.SHUT_WR)
+    middleware = LingeringMiddleware(app, closer=closer, policy=Drain(timeout=DEADLINE))
+    serve(middleware, {**THREADS, "wsgi.multithread": False, "wsgi.multiprocess": True}, ours, "werkzeug.socket")
+    assert closer.stats().handed_over == 0
+    assert not still_open(known)
+    assert read_to_end(peer) == Ending(9, None)
 
 
 def test_servers_that_tell_no_socket_get_the_application_s_own_answer(closer: Closer) -> None:

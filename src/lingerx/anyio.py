@@ -10,11 +10,12 @@ not finished, because it was cancelled or is still waiting in another task, is d
 from __future__ import annotations
 
 import asyncio
+import re
 import ssl
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from functools import wraps
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from ._arguments import check_data, check_fd, check_policy
@@ -35,8 +36,11 @@ except ModuleNotFoundError as missing:
     raise ImportError("lingerx.anyio needs anyio, which is not installed: pip install 'lingerx[anyio]'") from missing
 
 # Before 4.16, on asyncio, aclose() half-closed first, for the copy too: what is still to be sent would be lost.
-_version = version("anyio")
-if [int(part) for part in _version.split(".")[:2]] < [4, 16]:
+try:
+    _version = version("anyio")
+except PackageNotFoundError:  # a program that was packed into one file: whoever packed it has seen to that
+    _version = "4.16"
+if tuple(map(int, re.findall(r"\d+", _version)[:2])) < (4, 16):
     raise ImportError(
         f"lingerx.anyio needs anyio 4.16 or newer, and {_version} is installed: pip install -U 'lingerx[anyio]'"
     )

@@ -168,9 +168,8 @@ class LingeringMixIn(Terms, Server):
             self.do_close(sock, address)
 
     def _linger(self, sock: Any, wait: bool = False) -> None:
-        closer = default_closer() if self.closer is None else self.closer
         with _take(sock) as taken, suppress(RuntimeError, OSError):  # a plain close has to do
-            closer.close(taken, self.policy)
+            (default_closer() if self.closer is None else self.closer).close(taken, self.policy)
 
 
 def _check(terms: Any) -> None:

@@ -99,12 +99,19 @@ def register(closer: Closer, name: str = "default", registry: CollectorRegistry 
     with _lock:
         known = _collectors.get(registry)
         collector = CloserCollector() if known is None else known
-        collector.add(closer, name)
         try:
             registry.register(collector)  # also one that somebody has unregistered
-        except ValueError:  # its names are in use: by itself, if we know it
-            if known is None:
+        except ValueError:  # its names are in use: by itself, or by another
+            try:
+                registry.unregister(collector)
+            except KeyError:
+                is_itself = False
+            else:
+                is_itself = True
+            if not is_itself:
                 raise
+            registry.register(collector)
+        collector.add(closer, name)
         _collectors[registry] = collector
     return collector
 

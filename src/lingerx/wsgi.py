@@ -36,7 +36,8 @@ class LingeringMiddleware(Terms):
     - gunicorn's sync worker: always. Its gthread worker: when the client asked for that (Connection: close, or
       HTTP/1.0 without keep-alive). `lingerx.gunicorn` has workers that do it always, that cover TLS, and that do not
       wait for the client in gunicorn's own close: prefer them.
-    - werkzeug's development server: always. (It reads on by itself first, in its own thread, until it has nothing to
+    - werkzeug's development server: always; in the child of its forking server, which would not wait for a closer, as
+      with `wait`. (It reads on by itself first, in its own thread, until it has nothing to
       read for 10 ms or has 10 MB; what comes after that is the middleware's.)
 
     Everything else is left as it was: other servers, which tell no socket (waitress, cheroot, gevent.pywsgi, uWSGI,
@@ -60,15 +61,19 @@ class LingeringMiddleware(Terms):
         """The application, and what comes after its last byte."""
         sock = _about_to_be_closed(environ)
         body = self.app(environ, start_response)
-        return body if sock is None else _Body(body, lambda: self._linger_on_a_copy(sock))
+        if sock is None:
+            return body
+        # werkzeug's forking server: its child leaves by os._exit right after this, which waits for no closer.
+        wait = "werkzeug.socket" in environ and environ["wsgi.multiprocess"]
+        return _Body(body, lambda: self._linger_on_a_copy(sock, wait))
 
-    def _linger_on_a_copy(self, sock: socket.socket) -> None:
+    def _linger_on_a_copy(self, sock: socket.socket, wait: bool) -> None:
         try:
             copy = sock.dup()
         except OSError:  # no fd left, or closed already: the server's own close has to do
             return
         with copy:
-            self._linger(copy, False)
+            self._linger(copy, wait)
 
 
 def _about_to_be_closed(environ: dict[str, Any]) -> socket.socket | None:
