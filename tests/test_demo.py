@@ -294,6 +294,12 @@ def test_clients_in_use(
     assert tuple(json.loads(result.output)["settings"]["clients"]) == clients
 
 
+@pytest.mark.parametrize("timeout", ["nan", "0", "inf", "ten"])
+def test_timeout_that_is_none_is_a_usage_error(timeout: str) -> None:
+    result = CliRunner().invoke(cli, ["demo", "--timeout", timeout])
+    assert (result.exit_code, type(result.exception)) == (2, SystemExit)
+
+
 @pytest.mark.parametrize("client", ["curl", "both"])
 def test_asking_for_missing_curl_is_a_usage_error(client: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(upload, "curl_path", lambda: None)

@@ -16,7 +16,8 @@ class LingerSSLSocket(LingerSocket, ssl.SSLSocket):
 
     Whatever `context.wrap_socket` returns from then on, and what a listener made by it accepts, is one; see
     LingerSocket for the terms, which a subclass may set: `class Patient(LingerSSLSocket): policy = Drain(60.0)`.
-    close_notify goes out in one try that does not wait; after `unwrap()` without it.
+    It does not take over the terms of a LingerSocket that it wraps. close_notify goes out in one try that does not
+    wait; after `unwrap()` without it.
 
     asyncio and others that do TLS themselves close a plain socket in the end: give them `wrap_listener`.
 

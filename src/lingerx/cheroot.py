@@ -18,14 +18,15 @@ __all__ = ["Connection"]
 class Connection(Terms, HTTPConnection):
     """A connection that lingers when cheroot closes it: the worker goes on with the next one at once.
 
-        server = cheroot.wsgi.Server(("", 8000), app)
+        server = cheroot.wsgi.Server(("0.0.0.0", 8000), app)
         server.ConnectionClass = lingerx.cheroot.Connection
 
     cheroot's own way is SHUT_RDWR, after which nothing can be drained. Attributes, to be set by a subclass:
 
     policy: how a connection is closed; None for the closer's own policy.
     closer: where it lingers; None for `lingerx.default_closer()`.
-    wait: True to linger in the thread that served the connection.
+    wait: True to linger in the thread that closes the connection: the one that served it, or, when a client has sent
+        no other request for too long, the one that accepts, which accepts nobody meanwhile.
 
     TLS by cheroot's `builtin` adapter too: close_notify goes out first. Connections of its `pyopenssl` adapter are
     no socket objects, and are closed as ever.

@@ -274,7 +274,7 @@ class Drain(Policy):
 
     timeout: seconds for the whole of it; 0 means: do what can be done without waiting.
     idle_timeout: seconds without any input from the peer (nor any byte of ours taken by the kernel, while
-        there are some left to send); None for no idle limit.
+        there are some left to send: it may take some without the peer's doing, but once only); None for no idle limit.
     max_bytes: the most input that is discarded; None for no limit. A peer that sends exactly this many and
         closes is within the limit.
     on_timeout: what to do with the rest at a limit: "background" (plain close, the kernel goes on) or "abort".

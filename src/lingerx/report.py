@@ -17,7 +17,8 @@ class Outcome(enum.Enum):
     """How a close ended. In the order of the codes in `_machine`, which a test compares."""
 
     PEER_CLOSED = "peer_closed"
-    """The peer's FIN was seen and every data byte was ACKed."""
+    """The peer's FIN was seen and every data byte was ACKed. (After the application's own SHUT_RD its input reads as
+    ended too: then nobody knows whether there was a FIN.)"""
     ACKED = "acked"
     """Every byte and our FIN were ACKed; the peer may still be open."""
     BACKGROUND = "background"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 import sys
 import time
@@ -23,13 +24,22 @@ __all__ = ["conclude", "demo"]
 
 MIB = 1024 * 1024
 POSITIVE = click.IntRange(1)
-SECONDS = click.FloatRange(0.1, 3600.0)
 FOOT = (
     "Truncated: a part of the answer arrived; reset: not one byte. Send error: the upload itself failed "
     "(ECONNRESET or EPIPE; curl: exit status 55), and many a client then reports that instead of the answer. "
     "Flush() closes as soon as every byte is ACKed, so a client that is still sending may have a send error "
     "although its answer is there. Drain() waits for the client, so its clients must have none."
 )
+
+
+class Seconds(click.FloatRange):
+    """Of a wait; click takes "nan" for a number in every range."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        seconds = super().convert(value, param, ctx)
+        if math.isnan(seconds):
+            self.fail(f"{value!r} is no number of seconds.", param, ctx)
+        return seconds
 
 
 @click.command()
@@ -43,7 +53,7 @@ FOOT = (
 )
 @click.option("--answer-bytes", default=MIB, show_default=True, type=POSITIVE, help="The 413's body.")
 @click.option("--upload-bytes", default=8 * MIB, show_default=True, type=POSITIVE, help="The POST's body.")
-@click.option("--timeout", default=10.0, show_default=True, type=SECONDS, help="Seconds for one upload.")
+@click.option("--timeout", default=10.0, show_default=True, type=Seconds(0.1, 3600.0), help="Seconds for one upload.")
 @click.option("--json", "as_machine", is_flag=True, help="Print one JSON object on stdout and nothing else.")
 def demo(
     uploads: int, wanted: str | None, answer_bytes: int, upload_bytes: int, timeout: float, as_machine: bool
